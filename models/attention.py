@@ -1,0 +1,87 @@
+"""Grouped-query attention with rotary positions, as segments over packed queries, keys and values."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from models.config import ModelConfig, RopeScaling
+from models.kernels import Kernels
+from models.layers import Linear, Norm
+from models.segments import Residual, Segment
+from models.weights import Weight, weights_of
+
+
+class HeadNorm(Segment):
+    """RMSNorm over each head's queries and keys (Qwen3)."""
+
+    def __init__(self, weights: list[Weight], config: ModelConfig, kernels: Kernels) -> None:
+        super().__init__(weights)
+        self.kernel = kernels.HeadNorm(config.heads, config.kv_heads, config.norm_eps)
+
+    def forward(self, x, weights, context):
+        """Saves its input."""
+        return self.kernel.forward(x, weights[0], weights[1]), (x,)
+
+    def backward_input(self, dy, saved, weights, context):
+        """All three gradients come from one pass over memory."""
+        dx, dq, dk = self.kernel.backward(saved[0], weights[0], weights[1], dy)
+        return dx, (dq, dk)
+
+
+class SelfAttention(Segment):
+    """Packed qkv [T, (heads + 2 kv_heads) head_dim] to the heads' outputs [T, heads head_dim]."""
+
+    def __init__(self, config: ModelConfig, kernels: Kernels) -> None:
+        super().__init__()
+        self.kernel = kernels.Attention(config.heads, config.kv_heads, 1.0 / math.sqrt(config.head_width))
+
+    def forward(self, x, weights, context):
+        """Saves qkv, its output and the log-sum-exp a row, from which the backward makes the scores again."""
+        _, _, first_key, cos, sin = context
+        o, lse = self.kernel.forward(x, cos, sin, first_key)
+        return o, (x, o, lse)
+
+    def backward_input(self, dy, saved, weights, context):
+        """No weights: nothing is kept."""
+        _, _, first_key, cos, sin = context
+        qkv, o, lse = saved
+        return self.kernel.backward(qkv, cos, sin, first_key, o, lse, dy), ()
+
+
+def attention_block(config: ModelConfig, layer: int, kernels: Kernels, rounding: str) -> Residual:
+    """norm, qkv projection, [q/k-norm], attention, output projection, around a skip connection."""
+    specs = {spec.name.split(".", 2)[2]: spec for spec in config.layer_parameters(layer)}
+    norm = weights_of([specs["attention_norm.weight"]])
+    projections = [specs[f"attention.{n}_proj.{kind}"] for kind in ("weight", "bias") for n in "qkv"
+                   if f"attention.{n}_proj.{kind}" in specs]  # fmt: skip
+    qkv = weights_of(
+        projections,
+        ("qkv_proj.weight", tuple(f"{n}_proj.weight" for n in "qkv")),
+        ("qkv_proj.bias", tuple(f"{n}_proj.bias" for n in "qkv")),
+    )
+    segments = [Norm(norm, config.norm_eps, kernels), Linear(qkv, rounding)]
+    if config.qk_norm:
+        heads = weights_of([specs["attention.q_norm.weight"], specs["attention.k_norm.weight"]])
+        segments.append(HeadNorm(heads, config, kernels))
+    segments += [SelfAttention(config, kernels), Linear(weights_of([specs["attention.o_proj.weight"]]), rounding)]
+    return Residual(segments)
+
+
+def rotary_tables(config: ModelConfig, length: int, dtype: type = np.float32) -> tuple[np.ndarray, np.ndarray]:
+    """cos_SR and sin_SR for positions 0 to length-1, computed in float64, R = head_dim / 2."""
+    half = np.arange(0, config.head_width, 2, dtype=np.float64)
+    frequencies = _scaled(config.rope_theta ** (-half / config.head_width), config.rope_scaling)
+    angles = np.outer(np.arange(length, dtype=np.float64), frequencies)
+    return np.cos(angles).astype(dtype), np.sin(angles).astype(dtype)
+
+
+def _scaled(frequencies_R: np.ndarray, scaling: RopeScaling) -> np.ndarray:
+    """Llama 3.1's scaling: long wavelengths are stretched by `factor`, short ones kept, a blend between."""
+    if scaling.kind == "none":
+        return frequencies_R
+    wavelengths_R = 2 * math.pi / frequencies_R
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    blend_R = np.clip((scaling.original_length / wavelengths_R - low) / (high - low), 0.0, 1.0)
+    return (1 - blend_R) * frequencies_R / scaling.factor + blend_R * frequencies_R

@@ -1,0 +1,53 @@
+"""The dense decoder: embedding, layers, final norm, head and loss as one chain of segments."""
+
+from __future__ import annotations
+
+from models.attention import attention_block
+from models.config import ModelConfig
+from models.feed_forward import feed_forward_block
+from models.kernels import Kernels
+from models.layers import Embedding, Linear, Norm
+from models.loss import CrossEntropySum
+from models.segments import Chain
+from models.weights import weights_of
+
+
+class Decoder(Chain):
+    """Context in, sum of token losses out. `weights` lists each tensor once; a tied head reads the first.
+
+    `rounding` is how linears take their operands (`models.layers.Rounding`).
+    """
+
+    def __init__(self, config: ModelConfig, kernels: Kernels, rounding: str = "none") -> None:
+        specs = config.parameters()
+        head = weights_of([specs[0] if config.tied_embeddings else specs[-1]])
+        norm = weights_of([next(spec for spec in specs if spec.name == "norm.weight")])
+        layers = [
+            Chain([block(config, layer, kernels, rounding) for block in (attention_block, feed_forward_block)])
+            for layer in range(config.layers)
+        ]
+        super().__init__(
+            [
+                Embedding(weights_of(specs[:1]), kernels),
+                *layers,
+                Chain([Norm(norm, config.norm_eps, kernels), Linear(head, rounding), CrossEntropySum(kernels)]),
+            ]
+        )
+        self.tied = config.tied_embeddings
+        if self.tied:
+            self.weights = self.weights[:-1]
+
+    def forward(self, x, weights, context):
+        """Loss sum [1] and what was saved."""
+        return super().forward(x, self.untied(weights), context)
+
+    def backward(self, dy, saved, weights, context):
+        """Gradients in the order of `weights`; a tied head's joins the embedding's."""
+        dx, gradients = super().backward(dy, saved, self.untied(weights), context)
+        if self.tied:
+            gradients = (gradients[0] + gradients[-1],) + gradients[1:-1]
+        return dx, gradients
+
+    def untied(self, weights):
+        """The weights with the tied one in both of its places."""
+        return weights + (weights[0],) if self.tied else weights

@@ -1,0 +1,39 @@
+"""The SwiGLU feed-forward block as segments."""
+
+from __future__ import annotations
+
+from models.config import ModelConfig
+from models.kernels import Kernels
+from models.layers import Linear, Norm
+from models.segments import Residual, Segment
+from models.weights import weights_of
+
+
+class SwiGLU(Segment):
+    """silu(gate) * up over the packed pair [T, 2 ffn]."""
+
+    def __init__(self, kernels: Kernels) -> None:
+        super().__init__()
+        self.kernel = kernels.SwiGLU()
+
+    def forward(self, x, weights, context):
+        """Saves its input."""
+        return self.kernel.forward(x), (x,)
+
+    def backward_input(self, dy, saved, weights, context):
+        """No weights: nothing is kept."""
+        return self.kernel.backward(saved[0], dy), ()
+
+
+def feed_forward_block(config: ModelConfig, layer: int, kernels: Kernels, rounding: str) -> Residual:
+    """norm, gate and up projection, SwiGLU, down projection, around a skip connection."""
+    norm, gate, up, down = config.layer_parameters(layer)[-4:]
+    gate_up = weights_of([gate, up], ("gate_up_proj.weight", ("gate_proj.weight", "up_proj.weight")))
+    return Residual(
+        [
+            Norm(weights_of([norm]), config.norm_eps, kernels),
+            Linear(gate_up, rounding),
+            SwiGLU(kernels),
+            Linear(weights_of([down]), rounding),
+        ]
+    )

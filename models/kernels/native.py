@@ -1,0 +1,197 @@
+"""The kernels in C++ for CPU: `csrc/`, one `ops.Custom(func_type="aot")` operator each, for fp32 and fp64.
+
+Same classes and signatures as `plain`, which defines them. Shapes and dtypes are inferred from the inputs, so one
+object serves any shape. Numbers that shapes do not give reach an operator as small constant tensors.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+
+from mindspore import Tensor, nn, ops
+from mindspore import dtype as mstype
+
+LIBRARY = Path(__file__).resolve().parent / "_native.so"
+
+
+@cache
+def missing() -> str:
+    """Why the compiled kernels cannot be used here; empty when they can."""
+    if not LIBRARY.exists():
+        return "no compiled kernels: install g++ and run `make setup`"
+    try:
+        library = ctypes.CDLL(str(LIBRARY))
+    except OSError as error:
+        return f"the compiled kernels do not load ({error}): run `make setup`"
+    library.busway_missing_cpu_feature.restype = ctypes.c_char_p
+    feature = library.busway_missing_cpu_feature().decode()
+    return f"the kernels were compiled for another CPU (no {feature} here): run `make setup`" if feature else ""
+
+
+def _operator(name: str, shape, dtype) -> ops.Custom:
+    return ops.Custom(f"{LIBRARY}:busway_{name}", out_shape=shape, out_dtype=dtype, func_type="aot")
+
+
+def _first(first, *_):
+    return first
+
+
+def _second(_, second, *__):
+    return second
+
+
+def _third(_, __, third, *___):
+    return third
+
+
+def _first_two(first, second, *_):
+    return first, second
+
+
+def _first_three(first, second, third, *_):
+    return first, second, third
+
+
+def _first_twice(first, *_):
+    return first, first
+
+
+def _number(value: float) -> Tensor:
+    return Tensor([value], mstype.float64)
+
+
+class RMSNorm(nn.Cell):
+    """See `plain.RMSNorm`."""
+
+    def __init__(self, eps: float) -> None:
+        super().__init__(auto_prefix=False)
+        self.eps = _number(eps)
+        self.run_forward = _operator("rms_norm", _first, _first)
+        self.run_backward = _operator("rms_norm_backward", _first_two, _first_two)
+
+    def forward(self, x, w):
+        return self.run_forward(x, w, self.eps)
+
+    def backward(self, x, w, dy):
+        return self.run_backward(x, w, dy, self.eps)
+
+
+class HeadNorm(nn.Cell):
+    """See `plain.HeadNorm`."""
+
+    def __init__(self, heads: int, kv_heads: int, eps: float) -> None:
+        super().__init__(auto_prefix=False)
+        self.heads, self.eps = Tensor([heads, kv_heads], mstype.int32), _number(eps)
+        self.run_forward = _operator("head_norm", _first, _first)
+        self.run_backward = _operator("head_norm_backward", _first_three, _first_three)
+
+    def forward(self, qkv, wq, wk):
+        return self.run_forward(qkv, wq, wk, self.heads, self.eps)
+
+    def backward(self, qkv, wq, wk, dy):
+        return self.run_backward(qkv, wq, wk, dy, self.heads, self.eps)
+
+
+class Attention(nn.Cell):
+    """See `plain.Attention`."""
+
+    def __init__(self, heads: int, kv_heads: int, scale: float) -> None:
+        super().__init__(auto_prefix=False)
+        self.scale = _number(scale)
+
+        def forward_shape(qkv, *_):
+            tokens, width = qkv
+            return (tokens, width // (heads + 2 * kv_heads) * heads), (tokens * heads,)
+
+        self.run_forward = _operator("attention", forward_shape, _first_twice)
+        self.run_backward = _operator("attention_backward", _first, _first)
+
+    def forward(self, qkv, cos, sin, first_key):
+        return self.run_forward(qkv, cos, sin, first_key, self.scale)
+
+    def backward(self, qkv, cos, sin, first_key, o, lse, do):
+        return self.run_backward(qkv, cos, sin, first_key, o, lse, do, self.scale)
+
+
+class SwiGLU(nn.Cell):
+    """See `plain.SwiGLU`."""
+
+    def __init__(self) -> None:
+        super().__init__(auto_prefix=False)
+
+        def half(gate_up):
+            return gate_up[0], gate_up[1] // 2
+
+        self.run_forward = _operator("swiglu", half, _first)
+        self.run_backward = _operator("swiglu_backward", _first, _first)
+
+    def forward(self, gate_up):
+        return self.run_forward(gate_up)
+
+    def backward(self, gate_up, dy):
+        return self.run_backward(gate_up, dy)
+
+
+class CrossEntropy(nn.Cell):
+    """See `plain.CrossEntropy`."""
+
+    def __init__(self) -> None:
+        super().__init__(auto_prefix=False)
+
+        def two_rows(_, labels):
+            return labels, labels
+
+        self.run_forward = _operator("cross_entropy", two_rows, _first_twice)
+        self.run_backward = _operator("cross_entropy_backward", _first, _first)
+
+    def forward(self, logits, labels):
+        return self.run_forward(logits, labels)
+
+    def backward(self, logits, labels, lse, weight):
+        return self.run_backward(logits, labels, lse, weight)
+
+
+class Embedding(nn.Cell):
+    """See `plain.Embedding`."""
+
+    def __init__(self) -> None:
+        super().__init__(auto_prefix=False)
+
+        def rows(ids, table):
+            return ids[0], table[1]
+
+        self.run_forward = _operator("embedding", rows, _second)
+        self.run_backward = _operator("embedding_backward", _third, _third)
+
+    def forward(self, ids, table):
+        return self.run_forward(ids, table)
+
+    def backward(self, ids, dx, table):
+        return self.run_backward(ids, dx, table)
+
+
+class SquareSum(nn.Cell):
+    """See `plain.SquareSum`; accumulated in double."""
+
+    def __init__(self) -> None:
+        super().__init__(auto_prefix=False)
+        self.run = _operator("square_sum", (1,), _first)
+
+    def forward(self, gradients):
+        return self.run(*gradients)
+
+
+class AdamW(nn.Cell):
+    """See `plain.AdamW`. MindSpore does not know that the operator writes weights and moments: it is ordered after
+    every use of them by taking every gradient, and before what follows by `ops.depend` on what it returns.
+    """
+
+    def __init__(self, beta1: float, beta2: float, eps: float) -> None:
+        super().__init__(auto_prefix=False)
+        self.hyper = Tensor([beta1, beta2, eps], mstype.float64)
+        self.run = _operator("adamw", (1,), mstype.float32)
+
+    def forward(self, weights, first, second, gradients, decays, factor, lr, step):
+        return self.run(self.hyper, decays, factor, lr, step, *weights, *first, *second, *gradients)

@@ -1,0 +1,285 @@
+"""The kernels in MindSpore's stock operators: what every other implementation is compared with.
+
+They run on CPU in fp32 and fp64 and on Ascend. Shape suffixes: T tokens (B sequences of S), H hidden, C = (heads +
+2 kv_heads) D packed projections, D head dim, R = D/2, F feed-forward, V vocabulary, N = B heads S rows of attention.
+
+A kernel is a Cell with two plain methods, `forward` and `backward`, that other Cells call inside their graph. Nothing
+is differentiated automatically. Constants are fp64 tensors that are cast in the graph: MindSpore rounds a Python float
+to fp32 before it meets an fp64 tensor.
+"""
+
+from __future__ import annotations
+
+import math
+
+from mindspore import Tensor, nn, ops
+from mindspore import dtype as mstype
+
+_MASKED = -1e30  # finite, so that a masked score never makes inf - inf
+
+
+def constant(value: float) -> Tensor:
+    """A number that keeps its digits until it meets a tensor of a known dtype."""
+    return Tensor(value, mstype.float64)
+
+
+class RMSNorm(nn.Cell):
+    """y = x / sqrt(mean(x^2) + eps) * w over the last dim (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+
+    def __init__(self, eps: float) -> None:
+        super().__init__(auto_prefix=False)
+        self.eps = constant(eps)
+        self.mean = ops.ReduceMean(keep_dims=True)
+        self.sum = ops.ReduceSum()
+
+    def forward(self, x, w):
+        """x [..., H], w [H] -> y like x."""
+        return x * self.inverse_rms(x) * w
+
+    def backward(self, x, w, dy):
+        """-> (dx like x, dw [H])."""
+        r = self.inverse_rms(x)
+        x_hat = x * r
+        g = dy * w
+        dx = r * (g - x_hat * self.mean(g * x_hat, -1))
+        dw = self.sum((dy * x_hat).reshape(-1, w.shape[0]), 0)
+        return dx, dw
+
+    def inverse_rms(self, x):
+        return 1 / ops.sqrt(self.mean(x * x, -1) + ops.cast(self.eps, x.dtype))
+
+
+class HeadNorm(nn.Cell):
+    """`RMSNorm` over each head of q and of k inside packed projections; v passes (Qwen3's q_norm and k_norm)."""
+
+    def __init__(self, heads: int, kv_heads: int, eps: float) -> None:
+        super().__init__(auto_prefix=False)
+        self.heads, self.kv_heads = heads, kv_heads
+        self.norm = RMSNorm(eps)
+        self.concat = ops.Concat(1)
+
+    def forward(self, qkv, wq, wk):
+        """qkv [T, C], wq [D], wk [D] -> [T, C]."""
+        q, k, v = self.split(qkv, wq.shape[0])
+        y = self.concat((self.norm.forward(q, wq), self.norm.forward(k, wk), v))
+        return y.reshape(qkv.shape)
+
+    def backward(self, qkv, wq, wk, dy):
+        """-> (dqkv [T, C], dwq [D], dwk [D])."""
+        q, k, _ = self.split(qkv, wq.shape[0])
+        dyq, dyk, dv = self.split(dy, wq.shape[0])
+        dq, dwq = self.norm.backward(q, wq, dyq)
+        dk, dwk = self.norm.backward(k, wk, dyk)
+        return self.concat((dq, dk, dv)).reshape(qkv.shape), dwq, dwk
+
+    def split(self, packed, dim):
+        x = packed.reshape(packed.shape[0], -1, dim)
+        first_v = self.heads + self.kv_heads
+        return x[:, : self.heads], x[:, self.heads : first_v], x[:, first_v:]
+
+
+class Attention(nn.Cell):
+    """Rotary embedding and causal grouped-query attention on packed projections.
+
+    Rotary is Hugging Face's half-split convention (rotate_half): dims i and i + R turn together. Query head h reads
+    key head h // (heads / kv_heads). Token t of a sequence sees keys first_key[t] <= j <= t of its own sequence;
+    0 <= first_key[t] <= t must hold.
+    """
+
+    def __init__(self, heads: int, kv_heads: int, scale: float) -> None:
+        super().__init__(auto_prefix=False)
+        self.heads, self.kv_heads, self.groups = heads, kv_heads, heads // kv_heads
+        self.scale, self.masked = constant(scale), constant(_MASKED)
+        self.scores = ops.BatchMatMul(transpose_b=True)
+        self.weigh = ops.BatchMatMul()
+        self.weigh_t = ops.BatchMatMul(transpose_a=True)
+        self.max = ops.ReduceMax(keep_dims=True)
+        self.sum = ops.ReduceSum(keep_dims=True)
+        self.concat = ops.Concat(-1)
+        self.join_heads = ops.Concat(2)
+
+    def forward(self, qkv, cos, sin, first_key):
+        """qkv [T, C], cos and sin [S, R], first_key [T] int32 -> (o [T, heads D], lse [N])."""
+        q, k, v = self.split(qkv, cos, sin)
+        s = self.masked_scores(q, k, first_key)
+        top = self.max(s, -1)
+        p = ops.exp(s - top)
+        total = self.sum(p, -1)
+        o = self.rows_to_tokens(self.weigh(p, v) / total, cos.shape[0])
+        return o, (top + ops.log(total)).reshape(-1)
+
+    def backward(self, qkv, cos, sin, first_key, o, lse, do):
+        """-> dqkv [T, C]. Probabilities come back from the saved lse (Dao 2022, arXiv:2205.14135, section 3.1)."""
+        seq = cos.shape[0]
+        q, k, v = self.split(qkv, cos, sin)
+        s = self.masked_scores(q, k, first_key)
+        p = ops.exp(s - lse.reshape(s.shape[0], s.shape[1], 1))
+        do_rows = self.tokens_to_rows(do, seq)
+        delta = self.sum(do_rows * self.tokens_to_rows(o, seq), -1)
+        ds = p * (self.scores(do_rows, v) - delta) * ops.cast(self.scale, qkv.dtype)
+        dq = self.rotate(self.rows_to_heads(self.weigh(ds, k), seq), cos, -sin)
+        dk = self.rotate(self.rows_to_heads(self.weigh_t(ds, q), seq), cos, -sin)
+        dv = self.rows_to_heads(self.weigh_t(p, do_rows), seq)
+        return self.join_heads((dq, dk, dv)).reshape(qkv.shape)
+
+    def split(self, qkv, cos, sin):
+        """-> q as rows [B kv_heads, groups S, D], rotated k and v [B kv_heads, S, D]."""
+        seq = cos.shape[0]
+        x = qkv.reshape(qkv.shape[0] // seq, seq, self.heads + 2 * self.kv_heads, -1)
+        first_v = self.heads + self.kv_heads
+        q = self.rotate(x[:, :, : self.heads], cos, sin)
+        k = self.rotate(x[:, :, self.heads : first_v], cos, sin)
+        return self.heads_to_rows(q), self.heads_to_rows(k), self.heads_to_rows(x[:, :, first_v:])
+
+    def rotate(self, x, cos, sin):
+        """x [B, S, heads, D] turned by the angles; by the opposite angles with -sin."""
+        half = cos.shape[1]
+        c, s = cos.reshape(1, -1, 1, half), sin.reshape(1, -1, 1, half)
+        low, high = x[..., :half], x[..., half:]
+        return self.concat((low * c - high * s, high * c + low * s))
+
+    def masked_scores(self, q, k, first_key):
+        """-> scaled scores [B kv_heads, groups S, S], what a token must not see far below the rest."""
+        seq = k.shape[1]
+        batch = first_key.shape[0] // seq
+        position = ops.arange(0, seq).astype(mstype.int32)
+        after_first = position.reshape(1, 1, seq) >= first_key.reshape(batch, seq, 1)
+        causal = position.reshape(1, 1, seq) <= position.reshape(1, seq, 1)
+        seen = ops.logical_and(after_first, causal).reshape(batch, 1, seq, seq)
+        seen = ops.broadcast_to(seen, (batch, self.heads, seq, seq)).reshape(k.shape[0], -1, seq)
+        scores = self.scores(q, k) * ops.cast(self.scale, q.dtype)
+        return ops.select(seen, scores, ops.cast(self.masked, q.dtype))
+
+    def heads_to_rows(self, x):
+        """[B, S, heads, D] -> [B kv_heads, (heads / kv_heads) S, D]."""
+        return x.transpose(0, 2, 1, 3).reshape(x.shape[0] * self.kv_heads, -1, x.shape[3])
+
+    def rows_to_heads(self, x, seq):
+        """The inverse of `heads_to_rows`."""
+        batch = x.shape[0] // self.kv_heads
+        return x.reshape(batch, -1, seq, x.shape[2]).transpose(0, 2, 1, 3)
+
+    def tokens_to_rows(self, x, seq):
+        return self.heads_to_rows(x.reshape(x.shape[0] // seq, seq, self.heads, -1))
+
+    def rows_to_tokens(self, x, seq):
+        return self.rows_to_heads(x, seq).reshape(x.shape[0] // self.kv_heads * seq, -1)
+
+
+class SwiGLU(nn.Cell):
+    """y = silu(gate) * up, with gate the first half of the last dim (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self) -> None:
+        super().__init__(auto_prefix=False)
+        self.concat = ops.Concat(-1)
+
+    def forward(self, gate_up):
+        """[T, 2F] -> [T, F]."""
+        half = gate_up.shape[-1] // 2
+        gate = gate_up[:, :half]
+        return gate * ops.sigmoid(gate) * gate_up[:, half:]
+
+    def backward(self, gate_up, dy):
+        """-> [T, 2F]."""
+        half = gate_up.shape[-1] // 2
+        gate = gate_up[:, :half]
+        s = ops.sigmoid(gate)
+        silu = gate * s
+        return self.concat((dy * gate_up[:, half:] * (s + silu * (1 - s)), dy * silu))
+
+
+class CrossEntropy(nn.Cell):
+    """The two halves of -log softmax(logits)[label]: log-sum-exp and the label's logit.
+
+    A label outside [0, V) is another vocabulary-parallel rank's or an ignored token's: its target is 0 and it takes
+    nothing off the gradient. The loss of a token is lse - target; summing over ranks is the caller's.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(auto_prefix=False)
+        self.max = ops.ReduceMax(keep_dims=True)
+        self.sum = ops.ReduceSum(keep_dims=True)
+
+    def forward(self, logits, labels):
+        """logits [T, V], labels [T] int32 -> (lse [T], target [T])."""
+        top = self.max(logits, -1)
+        lse = top + ops.log(self.sum(ops.exp(logits - top), -1))
+        column = ops.clip_by_value(labels, 0, logits.shape[1] - 1)
+        target = ops.gather_d(logits, 1, column.reshape(-1, 1)).reshape(-1)
+        return lse.reshape(-1), ops.select(labels == column, target, ops.zeros_like(target))
+
+    def backward(self, logits, labels, lse, weight):
+        """lse [T] (over the whole vocabulary), weight [T] = d loss / d token loss -> dlogits [T, V]."""
+        column = ops.arange(0, logits.shape[1]).astype(mstype.int32)
+        hit = ops.cast(labels.reshape(-1, 1) == column.reshape(1, -1), logits.dtype)
+        return (ops.exp(logits - lse.reshape(-1, 1)) - hit) * weight.reshape(-1, 1)
+
+
+class Embedding(nn.Cell):
+    """Rows of a table. An id outside [0, V) is another rank's: its row is zero and it adds nothing to the gradient."""
+
+    def __init__(self) -> None:
+        super().__init__(auto_prefix=False)
+        self.segment_sum = ops.UnsortedSegmentSum()
+
+    def forward(self, ids, table):
+        """ids [T] int32, table [V, H] -> [T, H]."""
+        row = ops.clip_by_value(ids, 0, table.shape[0] - 1)
+        return ops.gather(table, row, 0) * ops.cast(ids == row, table.dtype).reshape(-1, 1)
+
+    def backward(self, ids, dx, table):
+        """-> dtable [V, H]; of `table` only the shape counts."""
+        row = ops.clip_by_value(ids, 0, table.shape[0] - 1)
+        dx = dx * ops.cast(ids == row, dx.dtype).reshape(-1, 1)
+        return self.segment_sum(dx, row, table.shape[0])
+
+
+class SquareSum(nn.Cell):
+    """The sum of the squares of all elements of all gradients, the square of their global norm."""
+
+    def __init__(self) -> None:
+        super().__init__(auto_prefix=False)
+        self.sum = ops.ReduceSum()
+
+    def forward(self, gradients):
+        """A tuple of tensors -> [1] in their dtype."""
+        total = self.sum(gradients[0] * gradients[0])
+        for gradient in gradients[1:]:
+            total = total + self.sum(gradient * gradient)
+        return total.reshape(1)
+
+
+class AdamW(nn.Cell):
+    """One step of AdamW with bias correction and decoupled weight decay (Loshchilov and Hutter 2019,
+    arXiv:1711.05101), in the order of operations of torch.optim.AdamW; weights and moments change in place.
+    """
+
+    def __init__(self, beta1: float, beta2: float, eps: float) -> None:
+        super().__init__(auto_prefix=False)
+        self.beta1, self.rest1 = constant(beta1), constant(1 - beta1)
+        self.beta2, self.rest2 = constant(beta2), constant(1 - beta2)
+        # 1 - beta^t as -expm1(t log beta): in fp32 the subtraction would lose up to five digits of it.
+        self.log1, self.log2 = constant(math.log(beta1)), constant(math.log(beta2))
+        self.eps = constant(eps)
+
+    def forward(self, weights, first, second, gradients, decays, factor, lr, step):
+        """Tuples of n Parameters (weights, first, second) and n gradients; decays [n]; factor [1] multiplies each
+        gradient; lr [1]; step [1], 1 at the first. Returns a [1] tensor that is there once the update is done.
+        """
+        dtype = gradients[0].dtype
+        beta1, rest1 = ops.cast(self.beta1, dtype), ops.cast(self.rest1, dtype)
+        beta2, rest2 = ops.cast(self.beta2, dtype), ops.cast(self.rest2, dtype)
+        eps, factor, lr = ops.cast(self.eps, dtype), ops.cast(factor, dtype), ops.cast(lr, dtype)
+        done, step = step, ops.cast(step, dtype)
+        correct1 = -ops.expm1(step * ops.cast(self.log1, dtype))
+        root2 = ops.sqrt(-ops.expm1(step * ops.cast(self.log2, dtype)))
+        for i in range(len(gradients)):
+            g = gradients[i] * factor
+            m = first[i] * beta1 + g * rest1
+            v = second[i] * beta2 + g * g * rest2
+            decayed = weights[i] * (1 - lr * ops.cast(decays[i], dtype))
+            w = decayed - lr / correct1 * m / (ops.sqrt(v) / root2 + eps)
+            done = ops.depend(done, ops.assign(first[i], m))
+            done = ops.depend(done, ops.assign(second[i], v))
+            done = ops.depend(done, ops.assign(weights[i], w))
+        return done

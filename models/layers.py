@@ -1,0 +1,102 @@
+"""Linear layers, norms and the embedding as segments."""
+
+from __future__ import annotations
+
+import mindspore as ms
+from mindspore import ops
+
+from models.kernels import Kernels
+from models.segments import Segment
+from models.weights import Weight
+
+
+class Rounding(Segment):
+    """How a linear's operands enter its matmul: as they are, or as bfloat16.
+
+    `none` leaves them alone; `emulated` rounds to bfloat16 and multiplies in fp32 (the CPU backend has no bf16
+    matmul); `native` casts, and the matmul runs in bfloat16 (Ascend).
+    """
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.cast = ops.Cast()
+
+    def operand(self, x):
+        """`x` as the matmul takes it."""
+        if self.kind == "none":
+            return x
+        rounded = self.cast(x, ms.bfloat16)
+        if self.kind == "native":
+            return rounded
+        return self.cast(rounded, ms.float32)
+
+    def gradient(self, dw):
+        """A weight gradient in the dtype of the master weights."""
+        return self.cast(dw, ms.float32) if self.kind == "native" else dw
+
+
+class Linear(Segment):
+    """y_TO = x_TI w_OI^T (+ b_O). The backward's halves are one matmul each."""
+
+    def __init__(self, weights: list[Weight], rounding: str) -> None:
+        super().__init__(weights)
+        self.rounding = Rounding(rounding)
+        self.has_bias = len(weights) == 2
+        self.forward_matmul = ops.MatMul(transpose_b=True)
+        self.input_matmul = ops.MatMul()
+        self.weight_matmul = ops.MatMul(transpose_a=True)
+        self.column_sum = ops.ReduceSum()
+
+    def forward(self, x, weights, context):
+        """Saves its input."""
+        y = self.forward_matmul(self.rounding.operand(x), self.rounding.operand(weights[0]))
+        if self.has_bias:
+            y = y + weights[1]
+        return y, (x,)
+
+    def backward_input(self, dy, saved, weights, context):
+        """dx = dy w."""
+        dx = self.input_matmul(self.rounding.operand(dy), self.rounding.operand(weights[0]))
+        return dx, (dy, saved[0])
+
+    def backward_weight(self, kept):
+        """dw = dy^T x, db = the column sums of dy."""
+        dy, x = kept
+        dw = self.rounding.gradient(self.weight_matmul(self.rounding.operand(dy), self.rounding.operand(x)))
+        if self.has_bias:
+            return dw, self.column_sum(dy, 0)
+        return (dw,)
+
+
+class Norm(Segment):
+    """RMSNorm over the hidden dim."""
+
+    def __init__(self, weights: list[Weight], eps: float, kernels: Kernels) -> None:
+        super().__init__(weights)
+        self.kernel = kernels.RMSNorm(eps)
+
+    def forward(self, x, weights, context):
+        """Saves its input."""
+        return self.kernel.forward(x, weights[0]), (x,)
+
+    def backward_input(self, dy, saved, weights, context):
+        """Both gradients come from one pass over memory."""
+        dx, dw = self.kernel.backward(saved[0], weights[0], dy)
+        return dx, (dw,)
+
+
+class Embedding(Segment):
+    """Token ids to rows of the table. Its input gradient is dy itself, as ids have none."""
+
+    def __init__(self, weights: list[Weight], kernels: Kernels) -> None:
+        super().__init__(weights)
+        self.kernel = kernels.Embedding()
+
+    def forward(self, x, weights, context):
+        """Looks up the context's tokens; `x` is not read."""
+        return self.kernel.forward(context[0], weights[0]), ()
+
+    def backward_input(self, dy, saved, weights, context):
+        """Adds the rows of dy up by token."""
+        return dy, (self.kernel.backward(context[0], dy, weights[0]),)

@@ -1,0 +1,36 @@
+"""Token cross-entropy as the last segment: logits in, the sum of the losses out."""
+
+from __future__ import annotations
+
+from mindspore import ops
+
+from models.kernels import Kernels
+from models.segments import Segment
+
+
+class CrossEntropySum(Segment):
+    """Sum over tokens whose label is not negative of -log softmax(logits)[label]: a tensor of one element.
+
+    A sum and not a mean, so that micro-batches and ranks add up; the trainer divides by the global count.
+    """
+
+    def __init__(self, kernels: Kernels) -> None:
+        super().__init__()
+        self.kernel = kernels.CrossEntropy()
+        self.sum = ops.ReduceSum()
+
+    def forward(self, x, weights, context):
+        """Saves the logits and their log-sum-exp."""
+        labels = context[1]
+        lse, target = self.kernel.forward(x, labels)
+        return self.sum((lse - target) * self.valid(labels, x)).reshape((1,)), (x, lse)
+
+    def backward_input(self, dy, saved, weights, context):
+        """The gradient of the sum: dy is not read, as it is one."""
+        labels = context[1]
+        logits, lse = saved
+        return self.kernel.backward(logits, labels, lse, self.valid(labels, logits)), ()
+
+    def valid(self, labels, like):
+        """1 where a token's loss counts, 0 elsewhere, in the dtype of `like`."""
+        return ops.cast(labels >= 0, like.dtype)

@@ -1,0 +1,90 @@
+"""Segments: the steps that a model is made of, each with its forward, what it saves, and its backward.
+
+There is no autodiff. A segment gives `y, saved = forward(x, weights, context)` and later, in the same graph or in
+another, `dx, gradients = backward(dy, saved, weights, context)`. The backward comes in two halves so that a
+pipeline may run the weight gradients later: `dx, kept = backward_input(...)`, `gradients = backward_weight(kept)`.
+Segments nest: a `Chain` of segments is a segment, a `Residual` is a chain with a skip connection.
+
+`weights` is a tuple in the order of `segment.weights`; `context` is what all segments of a step share:
+(tokens_T, labels_T, first_key_T, cos_SR, sin_SR). The methods run inside a compiled graph.
+
+Shape suffixes: T tokens (batch x sequence), S sequence, H hidden, R half of a head's width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mindspore import nn
+
+from models.weights import Weight
+
+
+class Segment(nn.Cell):
+    """One step of the model. Subclasses define `forward`, `backward_input` and `backward_weight`."""
+
+    def __init__(self, weights: Sequence[Weight] = ()) -> None:
+        super().__init__(auto_prefix=False)
+        self.weights = tuple(weights)
+
+    def forward(self, x, weights, context):
+        """`(y, saved)`: the output and a tuple of what the backward needs."""
+        raise NotImplementedError
+
+    def backward_input(self, dy, saved, weights, context):
+        """`(dx, kept)`: the gradient of the input and what `backward_weight` needs."""
+        raise NotImplementedError
+
+    def backward_weight(self, kept):
+        """The gradients of `weights`, in their order; `kept` itself where they came with the input's."""
+        return kept
+
+    def backward(self, dy, saved, weights, context):
+        """`(dx, gradients)`: both halves."""
+        dx, kept = self.backward_input(dy, saved, weights, context)
+        return dx, self.backward_weight(kept)
+
+
+class Chain(Segment):
+    """Segments one after another."""
+
+    def __init__(self, segments: Sequence[Segment]) -> None:
+        super().__init__([weight for segment in segments for weight in segment.weights])
+        self.segments = nn.CellList(segments, auto_prefix=False)
+        ends = [0]
+        for segment in segments:
+            ends.append(ends[-1] + len(segment.weights))
+        self.spans = tuple(zip(ends[:-1], ends[1:], strict=True))
+
+    def forward(self, x, weights, context):
+        """Every segment's forward in turn; `saved` holds one entry a segment."""
+        saved = ()
+        for i, segment in enumerate(self.segments):
+            start, stop = self.spans[i]
+            x, segment_saved = segment.forward(x, weights[start:stop], context)
+            saved = saved + (segment_saved,)
+        return x, saved
+
+    def backward(self, dy, saved, weights, context):
+        """Every segment's backward, last first."""
+        gradients = ()
+        for j in range(len(self.spans)):
+            i = len(self.spans) - 1 - j
+            start, stop = self.spans[i]
+            dy, segment_gradients = self.segments[i].backward(dy, saved[i], weights[start:stop], context)
+            gradients = segment_gradients + gradients
+        return dy, gradients
+
+
+class Residual(Chain):
+    """x + chain(x)."""
+
+    def forward(self, x, weights, context):
+        """The chain's output added to its input."""
+        y, saved = super().forward(x, weights, context)
+        return x + y, saved
+
+    def backward(self, dy, saved, weights, context):
+        """The chain's input gradient added to dy."""
+        dx, gradients = super().backward(dy, saved, weights, context)
+        return dy + dx, gradients

@@ -1,0 +1,139 @@
+"""Rank arithmetic: which ranks form which groups, and where on the machine they sit.
+
+Pure arithmetic; communicators are made from it in `parallel.collectives`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from parallel.layout import Layout
+from parallel.topology import Level, Topology
+
+DENSE = ("pp", "dp", "cp", "tp")
+EXPERT = ("pp", "edp", "ep", "etp")
+VIEWS = {"data": ("dp",), "dense": DENSE, "expert": EXPERT, "loss": ("dp", "cp")}
+
+Axes = str | Iterable[str]
+
+
+class Mesh:
+    """The ranks of a `layout`, placed on a `topology`.
+
+    Ranks are counted through the axes in `layout.order`, the innermost fastest. The axes:
+
+    - ``pp``: pipeline stages; a rank holds the layers of one stage.
+    - ``dp``: replicas; ranks along it hold the same slices of the dense weights and read other samples.
+    - ``cp``: ranks along it hold the same weights and share the tokens of each sequence.
+    - ``tp``: ranks along it hold slices of every matrix of a layer.
+    - ``ep``: ranks along it hold other experts of a layer.
+    - ``etp``: ranks along it hold slices of every matrix of one expert.
+    - ``edp``: ranks along it hold the same slices of the same experts.
+
+    Four views name sets of them:
+
+    - ``data`` (dp): which samples a rank reads is its index here.
+    - ``dense`` (pp, dp, cp, tp): all ranks, as the dense layers see them.
+    - ``expert`` (pp, edp, ep, etp): all ranks, as the experts see them. The ranks of one pipeline stage, in their
+      order, are counted through etp, ep and edp, etp the fastest; stages are those of the dense view.
+    - ``loss`` (dp, cp): over which the loss, its count of tokens and the gradients of dense weights are summed.
+
+    Wherever `axes` is asked for it may be one axis, several, or the name of a view. A group is a tuple of ranks
+    in ascending order. `placement[rank]` is the position on the machine (counted in ranks along the topology)
+    where a rank runs; by default rank r runs at position r.
+    """
+
+    def __init__(self, layout: Layout, topology: Topology, placement: Sequence[int] | None = None) -> None:
+        self.layout = layout
+        self.topology = topology
+        self.world_size = layout.world_size
+        topology.check_fits(self.world_size)
+        self.placement = tuple(range(self.world_size) if placement is None else placement)
+        if len(set(self.placement)) != self.world_size or len(self.placement) != self.world_size:
+            raise ValueError(f"placement must give {self.world_size} ranks a position each, but is {self.placement}")
+        for position in self.placement:
+            topology.level_of(position, position)
+
+        outermost_first = layout.order[::-1]
+        ranks = np.arange(self.world_size).reshape([getattr(layout, axis) for axis in outermost_first])
+        self._dense = ranks.transpose([outermost_first.index(axis) for axis in DENSE])
+        stages = np.moveaxis(ranks, outermost_first.index("pp"), 0)
+        self._expert = stages.reshape(layout.pp, layout.edp, layout.ep, layout.etp)
+        self._groups: dict[tuple[str, ...], tuple[tuple[int, ...], ...]] = {}
+        self._group_of: dict[tuple[str, ...], dict[int, tuple[int, ...]]] = {}
+
+    def axes(self, axes: Axes) -> tuple[str, ...]:
+        """The single axes that `axes` stands for, outermost first as in its view, those of size 1 left out.
+
+        Raises ValueError for an unknown name and for a mixture of dense and expert axes.
+        """
+        names = VIEWS.get(axes, (axes,)) if isinstance(axes, str) else tuple(axes)
+        for view in (DENSE, EXPERT):
+            if set(names) <= set(view):
+                return tuple(axis for axis in view if axis in names and getattr(self.layout, axis) > 1)
+        known = ", ".join(dict.fromkeys(DENSE + EXPERT + tuple(VIEWS)))
+        raise ValueError(f"no axes of one view: {names}; axes are dense {DENSE} or expert {EXPERT}, known: {known}")
+
+    def label(self, axes: Axes) -> str:
+        """`axes` as the traffic account names them: ``dp``, ``dp x cp``, or ``none`` when all have size 1."""
+        return " x ".join(self.axes(axes)) or "none"
+
+    def size(self, axes: Axes) -> int:
+        """Ranks in one group of `axes`."""
+        return int(np.prod([getattr(self.layout, axis) for axis in self.axes(axes)], dtype=int))
+
+    def coordinates(self, rank: int) -> dict[str, int]:
+        """The index of `rank` along every axis of the dense and the expert view."""
+        dense = np.argwhere(self._dense == self._checked(rank))[0]
+        expert = np.argwhere(self._expert == rank)[0]
+        return dict(zip(DENSE + EXPERT, map(int, (*dense, *expert)), strict=True))
+
+    def groups(self, axes: Axes) -> tuple[tuple[int, ...], ...]:
+        """All groups of `axes`, by their first rank. Ranks of one group differ along `axes` alone."""
+        axes = self.axes(axes)
+        if axes not in self._groups:
+            view, ranks = (DENSE, self._dense) if set(axes) <= set(DENSE) else (EXPERT, self._expert)
+            kept = [view.index(axis) for axis in view if axis not in axes]
+            varied = [view.index(axis) for axis in axes]
+            table = np.sort(ranks.transpose(kept + varied).reshape(-1, self.size(axes)), axis=1)
+            self._groups[axes] = tuple(sorted(tuple(map(int, row)) for row in table))
+            self._group_of[axes] = {rank: group for group in self._groups[axes] for rank in group}
+        return self._groups[axes]
+
+    def group(self, axes: Axes, rank: int) -> tuple[int, ...]:
+        """The group of `axes` that `rank` belongs to."""
+        self.groups(axes)
+        return self._group_of[self.axes(axes)][self._checked(rank)]
+
+    def index(self, axes: Axes, rank: int) -> int:
+        """The place of `rank` in its group of `axes`, from 0."""
+        return self.group(axes, rank).index(rank)
+
+    def level_of(self, a: int, b: int) -> Level:
+        """The innermost level of the machine that holds both ranks."""
+        return self.topology.level_of(self.placement[self._checked(a)], self.placement[self._checked(b)])
+
+    def span(self, group: Sequence[int]) -> Level:
+        """The outermost level that traffic inside `group` touches."""
+        return max((self.level_of(group[0], rank) for rank in group), key=lambda level: level.index)
+
+    def describe(self) -> str:
+        """One line for the banner: the product identity, the machine and what each axis spans there."""
+        noun = "rank" if self.world_size == 1 else "ranks"
+        parts = [f"{self.layout.product()} {noun} on {self.topology.name}"]
+        axes = self.layout.order
+        if self.layout.ep * self.layout.etp > 1:
+            parts.append(f"experts edp {self.layout.edp} x ep {self.layout.ep} x etp {self.layout.etp}")
+            axes += ("etp", "ep", "edp")
+        for axis in axes:
+            if getattr(self.layout, axis) > 1:
+                widest = max((self.span(group) for group in self.groups(axis)), key=lambda level: level.index)
+                parts.append(f"{axis} in one {widest.name}")
+        return "; ".join(parts)
+
+    def _checked(self, rank: int) -> int:
+        if not 0 <= rank < self.world_size:
+            raise ValueError(f"rank {rank} is outside the world of {self.world_size} ranks")
+        return rank

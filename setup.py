@@ -1,0 +1,30 @@
+"""Packaging of Busway: four packages, the recipes, and C++ operators that are compiled where a compiler is."""
+
+import runpy
+import sysconfig
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+build = runpy.run_path(str(ROOT / "models/kernels/build.py"))
+mpi_headers = str(Path(sysconfig.get_path("data")) / "include")  # where the mpich wheel puts mpi.h
+
+setup(
+    name="busway",
+    version="0.1.0",
+    description="Training of large language models on Ascend supernodes with MindSpore",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.12",
+    packages=find_packages(include=["trainer*", "parallel*", "models*", "recipes*"]),
+    package_data={"recipes": ["**/*.yaml"], "models.kernels": ["csrc/*"], "parallel.collectives": ["csrc/*"]},
+    install_requires=[line for line in (ROOT / "requirements.txt").read_text().split("\n") if line],
+    entry_points={"console_scripts": ["busway=trainer.cli:main"]},
+    ext_modules=[
+        build["operators"]("models.kernels._native", "models/kernels/csrc"),
+        build["operators"]("parallel.collectives._mpi_ops", "parallel/collectives/csrc", include_dirs=[mpi_headers]),
+    ],
+    cmdclass={"build_ext": build["BuildOperators"]},
+)

@@ -1,0 +1,199 @@
+"""Four ranks, dp 2 x tp 2, that try the collectives and leave what they saw in a file for test_collectives.py.
+
+Arguments: the file. The world ends by an abort of rank 3 with code 7 while the others wait in an all-reduce.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+import time
+import traceback
+
+os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive")
+
+import mindspore as ms  # noqa: E402
+import numpy as np  # noqa: E402
+from mindspore import Tensor, nn, ops  # noqa: E402
+
+from parallel import collectives  # noqa: E402
+from parallel.collectives import Collectives, mpi  # noqa: E402
+from parallel.layout import Layout  # noqa: E402
+from parallel.mesh import Mesh  # noqa: E402
+from parallel.topology import load  # noqa: E402
+
+AXES = ("dp", "tp", "cp", "loss", "dense", "ep")
+RUNS = 3
+LAPTOP = {
+    "name": "laptop",
+    "rank": {"name": "process", "memory_gib": None, "memory_bandwidth": None, "peak_tflops": None},
+    "planes": {"memory": {"injection": None}},
+    "levels": [{"name": "machine", "members": "any", "bandwidth": None, "latency": None, "plane": "memory"}],
+}
+
+
+def numbers(rank: int) -> list[np.ndarray]:
+    """What `rank` puts in; bfloat16 is made of the last one."""
+    draw = np.random.default_rng(rank)
+    return [
+        draw.standard_normal((3, 5)).astype(np.float32),
+        draw.standard_normal(7),
+        draw.integers(-9, 9, (2, 2)).astype(np.int32),
+        np.zeros((0, 4), np.float32),
+        draw.standard_normal((129,)).astype(np.float32),
+        draw.standard_normal((33,)).astype(np.float16),
+        draw.standard_normal((4, 3)).astype(np.float32),
+    ]
+
+
+def halves(rank: int) -> np.ndarray:
+    """Every float16 on rank 0 and zeros elsewhere."""
+    return np.arange(1 << 16, dtype=np.uint16).view(np.float16) if rank == 0 else np.zeros(1 << 16, np.float16)
+
+
+class Sums(nn.Cell):
+    """The same tensors summed over every set of axes."""
+
+    def __init__(self, made: Collectives) -> None:
+        super().__init__()
+        self.primitives = nn.CellList([made.AllReduce(axes) for axes in AXES])
+
+    def construct(self, *tensors):
+        sums = ()
+        for primitive in self.primitives:
+            sums = sums + (primitive.forward(tensors),)
+        return sums
+
+
+class Repeated(nn.Cell):
+    """Equal calls, one of them without a reader."""
+
+    def __init__(self, made: Collectives) -> None:
+        super().__init__()
+        self.primitive = made.AllReduce("dp")
+        self.other = made.AllReduce("dp")
+
+    def construct(self, x):
+        self.primitive.forward((x,))
+        return self.primitive.forward((x,))[0], self.primitive.forward((x,))[0], self.other.forward((x,))[0]
+
+
+class Independent(nn.Cell):
+    """Twelve sums that do not depend on each other, over groups that overlap, each after work of another length."""
+
+    def __init__(self, made: Collectives) -> None:
+        super().__init__()
+        self.dp, self.tp, self.dense = made.AllReduce("dp"), made.AllReduce("tp"), made.AllReduce("dense")
+        self.multiply = ops.MatMul()
+
+    def construct(self, work, values):
+        results = ()
+        for i in range(4):
+            busy = work
+            for _ in range(4 - i):
+                busy = self.multiply(busy, work)
+            late = values[i : i + 1] + 0 * busy[0, 0]
+            results = results + self.dp.forward((late,))
+            results = results + self.tp.forward((values[i : i + 1] * 10,))
+            results = results + self.dense.forward((values[i : i + 1] * 100,))
+        return results
+
+
+class One(nn.Cell):
+    def __init__(self, made: Collectives) -> None:
+        super().__init__()
+        self.primitive = made.AllReduce("dense")
+
+    def construct(self, x):
+        return self.primitive.backward(self.primitive.forward((x,)))[0]
+
+
+def try_form(made: Collectives) -> dict:
+    """What this rank sees of one form of the operators."""
+    seen: dict = {"note": made.describe()}
+    rank = made.rank
+
+    inputs = [Tensor(array) for array in numbers(rank)]
+    inputs[-1] = inputs[-1].astype(ms.bfloat16)
+    sums = Sums(made)
+    made.reset_traffic()
+    for _ in range(RUNS):
+        results = sums(*inputs)
+        out = [[(str(t.dtype), t.astype(ms.float64).asnumpy() if t.size else t.shape) for t in row] for row in results]
+    seen["sums"] = dict(zip(AXES, out, strict=True))
+    seen["traffic"] = made.traffic().rows()
+
+    made.reset_traffic()
+    seen["after reset"] = made.traffic().rows()
+    repeated = Repeated(made)
+    seen["repeated"] = [float(t.asnumpy()[0]) for t in repeated(Tensor(np.array([rank + 1], np.float32)))]
+    seen["repeated traffic"] = made.traffic().rows()
+
+    independent = Independent(made)
+    work = Tensor(np.zeros([(8, 8), (200, 200), (40, 40), (120, 120)][rank], np.float32))
+    seen["independent"] = []
+    for run in range(10):
+        values = Tensor(np.arange(4, dtype=np.float32) + 4 * rank + run)
+        seen["independent"].append([float(t.asnumpy()[0]) for t in independent(work, values)])
+
+    seen["halves"] = One(made)(Tensor(halves(rank))).asnumpy()
+    try:
+        One(made)(Tensor(np.zeros(1, np.int64)))
+    except TypeError as error:
+        seen["int64"] = str(error)
+    return seen
+
+
+def try_host(world: collectives.World) -> dict:
+    """What this rank sees of the helpers for the host."""
+    seen = {
+        "broadcast": world.broadcast({"from": world.rank} if world.rank == 2 else None, root=2),
+        "all_gather": world.all_gather("abcd"[: world.rank]),
+        "reduce_max": world.reduce_max([world.rank, -world.rank]).tolist(),
+        "reduce_max of nan": world.reduce_max([float("nan") if world.rank == 1 else 1.0]).tolist(),
+    }
+    # A rank that waits must leave its core to one that works: rank 0 is late by a second.
+    world.barrier()
+    if world.rank == 0:
+        time.sleep(1)
+    start = time.process_time()
+    world.barrier()
+    seen["cpu seconds while waiting"] = time.process_time() - start
+    return seen
+
+
+def main(path: str) -> None:
+    ms.set_context(mode=ms.GRAPH_MODE, device_target="CPU")
+    ms.runtime.dispatch_threads_num(1)
+    mesh = Mesh(Layout(dp=2, tp=2, ep=4), load(LAPTOP))
+    made = collectives.connect(mesh)
+    world = made.world
+    seen = {"chosen": made.describe(), "host": try_host(world)}
+    seen["python"] = try_form(Collectives(mesh, mpi.MpiBackend(native=False)))
+    if mpi.LIBRARY.exists():
+        seen["native"] = try_form(Collectives(mesh, mpi.MpiBackend(native=True)))
+    try:
+        collectives.connect(Mesh(Layout(dp=8), load(LAPTOP)))
+    except ValueError as error:
+        seen["other size"] = str(error)
+
+    everything = world.all_gather(seen)
+    if world.rank == 0:
+        with open(path, "wb") as file:
+            pickle.dump(everything, file)
+    world.barrier()
+    if world.rank == 3:
+        time.sleep(0.5)
+        world.abort(7)
+    One(made)(Tensor(np.zeros(1, np.float32))).asnumpy()
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1])
+    except BaseException:
+        traceback.print_exc()
+        from mpi4py import MPI
+
+        MPI.COMM_WORLD.Abort(1)

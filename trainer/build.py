@@ -1,0 +1,187 @@
+"""One rank's run, put together: recipe → layout → mesh → model → loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+import mindspore as ms
+import numpy as np
+import yaml
+from rich.console import Console as RichConsole
+
+from models import kernels
+from models.config import FLOPS_CONVENTION, ParameterSpec
+from models.decoder import Decoder
+from models.weights import initial_reader
+from parallel import collectives as coll
+from parallel.apply import parallelize
+from parallel.collectives import Collectives
+from parallel.mesh import Mesh
+from trainer import checkpoint, machine, metrics
+from trainer.callbacks.base import Callback
+from trainer.callbacks.checkpointer import Checkpointer
+from trainer.callbacks.console import Console
+from trainer.callbacks.files import MetricsFile, TensorBoard
+from trainer.callbacks.signals import Signals
+from trainer.callbacks.summary import Summary
+from trainer.checkpoint import Checkpoint
+from trainer.convert import read_weights
+from trainer.data.blend import Blend
+from trainer.data.loader import Batch, Loader, evaluation_batches
+from trainer.data.prepare import Corpus, prepare
+from trainer.launch.rank import StopSignal
+from trainer.loop import Loop
+from trainer.meter import Meter
+from trainer.recipe import Recipe
+from trainer.run_directory import RunDirectory
+from trainer.step import DTYPES, Finish, Gradients, TrainStep, Weights
+
+PEAK_DTYPE = {"fp32": "float32", "bf16": "bfloat16", "fp64": "float64"}
+
+
+def connect(recipe: Recipe) -> Collectives:
+    """Sets MindSpore up on this device and joins the world of the recipe's layout."""
+    ms.set_context(mode=ms.GRAPH_MODE)
+    ms.set_device(machine.device())
+    return coll.connect(Mesh(recipe.parallel_layout, recipe.machine))
+
+
+def build(
+    recipe: Recipe, run: RunDirectory, collectives: Collectives, signal: StopSignal, console: RichConsole,
+    extra: list[Callback] | None = None,
+) -> Loop:  # fmt: skip
+    """The loop of this rank, at the step from which the run goes on. `extra` callbacks come last."""
+    say = _speaker(console, collectives.rank)
+    mesh, rank = collectives.mesh, collectives.rank
+    precision = machine.precision(recipe.train, machine.device())
+    dtype = DTYPES[precision]
+    table = kernels.choose(recipe.train.kernels, precision, machine.device())
+    model = Decoder(recipe.model, table, _rounding(precision))
+    parallel = parallelize(model, collectives)
+
+    resumed = _resumed(recipe, run, say)
+    with _start(recipe, resumed) as read:
+        weights = Weights(model.weights, read, dtype)
+    if resumed:
+        for kind in ("first", "second"):
+            with resumed.reader(kind) as read:
+                weights.load(kind, read, dtype)
+
+    corpus = prepare(recipe.data, recipe.model.vocab, recipe.data.seq_len, say)
+    loader, holdout = _batches(recipe, corpus, mesh, rank, resumed.state["samples"] if resumed else 0)
+    gradients = Gradients(parallel.model, recipe.model, weights, recipe.data.seq_len, dtype)
+    finish = Finish(weights, parallel.data, table, recipe.optimizer, dtype)
+    micro_batches = mesh.layout.check_batch(recipe.train.global_batch)
+    step = TrainStep(gradients, finish, weights, micro_batches, dtype)
+    meter = _meter(recipe, mesh, precision, collectives)
+    callbacks = _callbacks(recipe, rank, signal, console, meter) + (extra or [])
+    loop = Loop(recipe, run, mesh, collectives, weights, step, loader, holdout, meter, callbacks)
+    if rank == 0:
+        _banner(loop, precision, table.describe(), micro_batches, say)
+        _write_plan(run, mesh)
+    if resumed:
+        loop.resume(resumed)
+    return loop
+
+
+def _rounding(precision: str) -> str:
+    if precision != "bf16":
+        return "none"
+    return "native" if machine.device() == "Ascend" else "emulated"
+
+
+def _resumed(recipe: Recipe, run: RunDirectory, say: Callable[[str], None]) -> Checkpoint | None:
+    if recipe.checkpoint.resume == "none":
+        return None
+    if recipe.checkpoint.resume == "auto":
+        return checkpoint.newest(run.checkpoints, say)
+    return checkpoint.load(Path(recipe.checkpoint.resume))
+
+
+@contextmanager
+def _start(recipe: Recipe, resumed: Checkpoint | None) -> Iterator[Callable[[ParameterSpec], np.ndarray]]:
+    """Where the weights come from: a checkpoint, a folder of weights, or the generator."""
+    if resumed:
+        with resumed.reader("weights") as read:
+            yield read
+    elif recipe.checkpoint.init_from:
+        weights = read_weights(recipe.checkpoint.init_from)
+        yield lambda spec: weights.read(spec.name)
+    else:
+        yield initial_reader(recipe.train.seed, recipe.model.init_std)
+
+
+def _batches(recipe: Recipe, corpus: Corpus, mesh: Mesh, rank: int, start: int) -> tuple[Loader, list[Batch]]:
+    shape = (recipe.train.global_batch, mesh.size("data"), mesh.index("data", rank), mesh.layout.micro_batch)
+    loader = Loader(Blend(corpus.train, corpus.weights, recipe.train.seed), *shape, start=start)
+    if not (recipe.train.eval_every and corpus.holdout):
+        return loader, []
+    return loader, list(evaluation_batches(corpus.holdout, recipe.train.eval_batches, *shape))
+
+
+def _meter(recipe: Recipe, mesh: Mesh, precision: str, collectives: Collectives) -> Meter:
+    peak_tflops = recipe.machine.rank.peak_tflops.get(PEAK_DTYPE[precision])
+    return Meter(
+        tokens_per_step=recipe.train.global_batch * recipe.data.seq_len,
+        seq_len=recipe.data.seq_len,
+        ranks=mesh.world_size,
+        flops_per_token=recipe.model.flops_per_token(recipe.data.seq_len),
+        peak_flops=peak_tflops * 1e12 if peak_tflops else None,
+        memory_gib=_peak_memory_gib,
+        world_maximum=collectives.world.reduce_max,
+    )
+
+
+def _peak_memory_gib() -> float:
+    """The allocator's peak on Ascend; on CPU, where it is always 0, the peak resident memory."""
+    if machine.device() == "Ascend":
+        return ms.runtime.max_memory_allocated() / machine.GIB
+    return machine.peak_memory_gib()
+
+
+def _callbacks(
+    recipe: Recipe, rank: int, signal: StopSignal, console: RichConsole, meter: Meter
+) -> list[Callback]:
+    """In order: what changes the run first, then what reports, the summary last."""
+    memory_kind = "allocator peak" if machine.device() == "Ascend" else "peak RSS"
+    callbacks: list[Callback] = [Signals(signal), Checkpointer()]
+    if rank == 0:
+        batch = recipe.train.global_batch
+        tags = metrics.tags(recipe.metrics.tags, meter.flops_per_token, recipe.machine.rank.memory_gib)
+        callbacks += [Console(console), MetricsFile(), TensorBoard(tags, batch)]
+    return [*callbacks, Summary(memory_kind)]
+
+
+def _speaker(console: RichConsole, rank: int) -> Callable[[str], None]:
+    if rank != 0:
+        return lambda text: None
+    return lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _banner(loop: Loop, precision: str, kernel_line: str, micro_batches: int, say: Callable[[str], None]) -> None:
+    recipe, meter = loop.recipe, loop.meter
+    peak = "unknown for this machine, so MFU is not given"
+    if meter.peak_flops:
+        peak = f"{meter.peak_flops / 1e12:,.0f} TFLOP/s a rank ({recipe.machine.name})"
+    say(f"busway {version('busway')}, mindspore {version('mindspore')} on {machine.device()}; run {loop.run.path}")
+    say(f"layout: {loop.mesh.describe()}; collectives: {loop.collectives.describe()}")
+    say(f"model: {recipe.model.parameter_count:,} parameters, {meter.flops_per_token:,} FLOPs a token; {precision}")
+    say(f"FLOPs: {FLOPS_CONVENTION}; peak: {peak}")
+    say(kernel_line)
+    say(
+        f"tokens a step: {meter.tokens_per_step:,} = {recipe.train.global_batch} sequences x {recipe.data.seq_len}; "
+        f"micro-batches a rank: {micro_batches}"
+    )
+    say(f"memory after the model is built: {_peak_memory_gib():.2f} GiB a rank")
+
+
+def _write_plan(run: RunDirectory, mesh: Mesh) -> None:
+    from dataclasses import asdict
+
+    layout = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(mesh.layout).items()}
+    plan = {"layout": layout, "topology": mesh.topology.name, "placement": list(mesh.placement)}
+    with machine.writing_to(run.plan):
+        run.plan.write_text(yaml.safe_dump(plan, sort_keys=False))

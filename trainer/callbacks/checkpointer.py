@@ -1,0 +1,57 @@
+"""Saves checkpoints at an interval, at the end and before a stop."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from trainer import checkpoint
+from trainer.callbacks.base import Callback
+
+if TYPE_CHECKING:
+    from trainer.loop import Loop
+    from trainer.step import Outcome
+
+
+class Checkpointer(Callback):
+    """Rank 0 writes, as all ranks hold the same weights; others wait for it, so that nobody runs ahead into an abort."""
+
+    def __init__(self) -> None:
+        self.saved_step: int | None = None
+
+    def on_start(self, loop: Loop) -> None:
+        """What was resumed is saved already."""
+        self.saved_step = loop.step or None
+
+    def after_step(self, loop: Loop, outcome: Outcome) -> None:
+        """At the interval."""
+        every = loop.recipe.checkpoint.every
+        if every and loop.step % every == 0:
+            self._save(loop)
+
+    def on_end(self, loop: Loop) -> None:
+        """The last state."""
+        if self.saved_step != loop.step:
+            self._save(loop)
+
+    def _save(self, loop: Loop) -> None:
+        if loop.collectives.rank == 0:
+            tensors = {
+                kind: {
+                    name: value
+                    for spec, parameter in zip(loop.weights.specs, parameters, strict=True)
+                    for name, value in spec.split(parameter.asnumpy())
+                }
+                for kind, parameters in loop.weights.kinds().items()
+            }
+            checkpoint.save(loop.run.checkpoints, tensors, state_of(loop), loop.recipe.checkpoint.keep)
+        self.saved_step = loop.step
+        loop.collectives.world.barrier()
+
+
+def state_of(loop: Loop) -> dict[str, Any]:
+    """Everything but tensors that a run needs to go on: one integer of data, and the callbacks' own."""
+    return {
+        "step": loop.step,
+        "samples": loop.loader.consumed,
+        "callbacks": {callback.name: callback.state() for callback in loop.callbacks if callback.name},
+    }

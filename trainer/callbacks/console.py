@@ -1,0 +1,75 @@
+"""A line a row on the console, and a progress bar where a terminal is there."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from trainer import metrics
+from trainer.callbacks.base import Callback, Row
+
+if TYPE_CHECKING:
+    from trainer.loop import Loop
+    from trainer.step import Outcome
+
+QUIET_EVENTS = ("started",)
+
+
+class Console(Callback):
+    """Rank 0's view of the run."""
+
+    def __init__(self, console: RichConsole) -> None:
+        self.console = console
+        self.progress: Progress | None = None
+
+    def on_start(self, loop: Loop) -> None:
+        """Starts the bar."""
+        self.say(f"training starts at step {loop.step + 1}")
+        if self.console.is_terminal:
+            columns = (TextColumn("steps"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+            self.progress = Progress(*columns, console=self.console, transient=True)
+            self.bar = self.progress.add_task("steps", total=loop.last_step, completed=loop.step)
+            self.progress.start()
+
+    def after_step(self, loop: Loop, outcome: Outcome) -> None:
+        """Moves the bar."""
+        if self.progress:
+            self.progress.update(self.bar, completed=loop.step)
+
+    def on_row(self, loop: Loop, row: Row) -> None:
+        """One line."""
+        self.say(line(row, loop.last_step))
+
+    def on_evaluation(self, loop: Loop, row: Row) -> None:
+        """One line."""
+        self.say(f"step {row[metrics.STEP]}  held-out loss {row[metrics.EVAL_LOSS]:.4f}")
+
+    def on_event(self, loop: Loop, row: Row) -> None:
+        """One line."""
+        details = "  ".join(f"{k} {v}" for k, v in row.items() if k not in (metrics.STEP, metrics.EVENT))
+        self.say(f"step {row[metrics.STEP]}  {row[metrics.EVENT].replace('_', ' ')}  {details}".rstrip())
+
+    def on_end(self, loop: Loop) -> None:
+        """Takes the bar away and says where the results are."""
+        if self.progress:
+            self.progress.stop()
+        if loop.status == "done":
+            self.say(f"done after step {loop.step}; results are in {loop.run.path}")
+
+    def say(self, text: str) -> None:
+        """One line, as it is."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def line(row: Row, last_step: int) -> str:
+    """A row for people."""
+    mfu = "-" if row[metrics.MFU] is None else f"{row[metrics.MFU]:.1%}"
+    eta = row[metrics.STEP_S] * (last_step - row[metrics.STEP])
+    return (
+        f"step {row[metrics.STEP]:>{len(str(last_step))}}/{last_step}  loss {row[metrics.LOSS]:.4f}  "
+        f"grad norm {row[metrics.GRAD_NORM]:.3f}  lr {row[metrics.LR]:.2e}  "
+        f"{row[metrics.TOKENS_PER_S]:,.0f} tokens/s ({row[metrics.TOKENS_PER_S_PER_RANK]:,.0f} a rank)  "
+        f"MFU {mfu}  memory {row[metrics.MEMORY_GIB]:.2f} GiB  eta {int(eta // 60)}:{int(eta % 60):02d}"
+    )

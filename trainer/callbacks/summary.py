@@ -1,0 +1,95 @@
+"""summary.json: how the run went, with the keys that the design lists."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from models.config import FLOPS_CONVENTION
+from parallel.traffic import maximum
+from trainer.callbacks.base import Callback
+from trainer.errors import EXIT_DONE, EXIT_NOT_FINITE, EXIT_STOPPED
+from trainer.machine import writing_to
+
+if TYPE_CHECKING:
+    from trainer.loop import Loop
+    from trainer.step import Outcome
+
+VERSIONS = ("busway", "mindspore", "numpy", "mpi4py", "mpich")
+EXIT_CODES = {"done": EXIT_DONE, "stopped": EXIT_STOPPED, "not_finite": EXIT_NOT_FINITE}
+
+
+class Summary(Callback):
+    """Runs on every rank, as the traffic account is the maximum over ranks; rank 0 writes."""
+
+    name = "summary"
+
+    def __init__(self, memory_kind: str) -> None:
+        self.memory_kind = memory_kind
+        self.restarts = 0
+        self.traffic: list[dict[str, Any]] | None = None
+
+    def state(self) -> dict[str, Any]:
+        """How often the run was resumed."""
+        return {"restarts": self.restarts}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """One more restart than the checkpoint knew of."""
+        self.restarts = state["restarts"] + 1
+
+    def before_step(self, loop: Loop) -> None:
+        """The account of the first step: every step moves the same."""
+        if self.traffic is None:
+            loop.collectives.reset_traffic()
+
+    def after_step(self, loop: Loop, outcome: Outcome) -> None:
+        """Closes the account of the first step."""
+        if self.traffic is None:
+            self.traffic = maximum(loop.collectives.world.all_gather(loop.collectives.traffic())).rows()
+
+    def on_event(self, loop: Loop, row: dict[str, Any]) -> None:
+        """A run that ends on a bad loss has no `on_end`."""
+        if loop.status == "not_finite":
+            self._write(loop)
+
+    def on_end(self, loop: Loop) -> None:
+        """Writes the file."""
+        self._write(loop)
+
+    def _write(self, loop: Loop) -> None:
+        if loop.collectives.rank != 0:
+            return
+        with writing_to(loop.run.summary):
+            loop.run.summary.write_text(json.dumps(self.content(loop), indent=1) + "\n")
+
+    def content(self, loop: Loop) -> dict[str, Any]:
+        """The keys of summary.json."""
+        meter, layout = loop.meter, loop.mesh.layout
+        step_s = meter.median_step_s
+        speed = meter.tokens_per_step / step_s if step_s else None
+        return {
+            "status": loop.status,
+            "exit_code": EXIT_CODES[loop.status],
+            "steps": loop.step,
+            "final_loss": meter.last_loss,
+            "eval_loss": meter.eval_loss,
+            "tokens": loop.loader.consumed * meter.seq_len,
+            "tokens_per_s": speed,
+            "first_step_s": meter.first_step_s,
+            "step_s": step_s,
+            "mfu": meter.mfu(speed) if speed else None,
+            "mfu_convention": FLOPS_CONVENTION,
+            "flops_per_token": meter.flops_per_token,
+            "parameters": loop.model.parameter_count,
+            "active_parameters": loop.model.active_parameter_count,
+            "memory_gib": meter.memory_peak_gib,
+            "memory_kind": self.memory_kind,
+            "world_size": layout.world_size,
+            "layout": asdict(layout),
+            "placement": list(loop.mesh.placement),
+            "traffic": self.traffic or [],
+            "restarts": self.restarts,
+            "versions": {name: version(name) for name in VERSIONS},
+        }

@@ -1,0 +1,58 @@
+"""The command line: subcommands, and errors as one line and an exit code. No MindSpore until ranks run."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from importlib.metadata import version
+
+from models.checks import ConfigError
+from trainer import convert, train
+from trainer.data import commands as data
+from trainer.errors import EXIT_STOPPED_AT_ONCE, BuswayError, exit_code_of
+
+EXIT_CODES = """exit codes:
+  0    done
+  2    the recipe or an input is wrong
+  3    the machine or the launch is wrong
+  16   the loss is not finite
+  75   stopped by a signal after saving
+  130  stopped at once by a second signal
+  1    anything else
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of `busway`."""
+    busway = argparse.ArgumentParser(
+        prog="busway",
+        description="Train large language models on Ascend supernodes with MindSpore, or small ones on this CPU.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    busway.add_argument("--version", action="version", version=f"busway {version('busway')}")
+    commands = busway.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    train.register(commands.add_parser("train", help="run a recipe; without arguments the built-in small one"))
+    data.register(commands.add_parser("data", help="build and inspect datasets"))
+    convert.register(commands.add_parser("convert", help="convert weights from and to Hugging Face's format"))
+    return busway
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; its exit code."""
+    args = parser().parse_args(arguments)
+    try:
+        return args.run(args)
+    except (ConfigError, BuswayError) as error:
+        print(f"busway: {error}", file=sys.stderr)
+        return exit_code_of(error)
+    except KeyboardInterrupt:
+        return EXIT_STOPPED_AT_ONCE
+    except Exception as error:
+        traceback.print_exc()
+        return exit_code_of(error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

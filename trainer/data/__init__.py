@@ -1,0 +1,1 @@
+"""Text to samples: formats, tokenizers, packing, order and delivery. Nothing here imports MindSpore."""

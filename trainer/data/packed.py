@@ -1,0 +1,186 @@
+"""Packing: documents of an indexed dataset joined into one stream and cut into samples of one length."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from trainer.data.indexed import IndexedDataset, bin_path, idx_path
+from trainer.data.permutation import Permutation
+from trainer.errors import InputError
+
+NO_LOSS = -1
+"""The label of a position at which no loss is taken."""
+
+HOLDOUT_SEED = 20_240_229
+"""Fixed for ever: a held-out document stays held out in every run, whatever `train.seed` is."""
+
+
+class Sample(NamedTuple):
+    """One packed sequence of S tokens."""
+
+    tokens: np.ndarray
+    """int32 [S]."""
+    labels: np.ndarray
+    """int32 [S]: the next token, or `NO_LOSS`."""
+    first_key: np.ndarray
+    """int32 [S]: the first place in the sample that this position may attend to."""
+
+
+def loss_mask_prefix(prefix: str | Path) -> str:
+    """Where the loss mask of a dataset lies: uint8 of the same shape, 1 where the token is to be learnt."""
+    return f"{prefix}.loss_mask"
+
+
+class PackedDataset:
+    """Samples of `seq_len` tokens from one split of an indexed dataset.
+
+    The documents of the split, whose end-of-document tokens are in the data already, are one stream; sample i
+    is its tokens i S to (i + 1) S, and the token after them is the last label. Held-out documents are chosen
+    by a fixed function of their index until they make up the share `holdout` of all tokens, so that the two
+    splits never share a document.
+
+    Args:
+        indexed: the documents.
+        seq_len: S.
+        split: ``"train"`` or ``"holdout"``.
+        holdout: share of the tokens that is held out.
+        mask_documents: attention and labels stop at the boundary of a document.
+        vocab: ids from here on are an error when they are read; None checks only for negative ones.
+
+    Raises:
+        InputError: the split is too short for one sample, the tokens are not integers, or the loss mask does
+            not fit its dataset.
+    """
+
+    def __init__(
+        self,
+        indexed: IndexedDataset,
+        seq_len: int,
+        split: str = "train",
+        holdout: float = 0.02,
+        mask_documents: bool = False,
+        vocab: int | None = None,
+    ) -> None:
+        if indexed.dtype.kind not in "iu":
+            raise InputError(f"{indexed.prefix} holds {indexed.dtype.name}, not token ids; give a dataset of integers")
+        self.indexed = indexed
+        self.seq_len = seq_len
+        self.mask_documents = mask_documents
+        self.vocab = vocab
+        held_out = _held_out(indexed.lengths, holdout)
+        self.documents = np.flatnonzero(held_out if split == "holdout" else ~held_out)
+        """int64: indices of the documents of this split, ascending."""
+        self._starts = _cumulative(indexed.lengths[self.documents])
+        self.tokens = int(self._starts[-1])
+        self._check_long_enough(split, holdout)
+        self._loss_mask = _loss_mask_of(indexed)
+        # Neighbours in the split that are neighbours in the file are read as one piece.
+        firsts = np.flatnonzero(np.diff(self.documents, prepend=-2) != 1)
+        self._piece_starts = self._starts[firsts]
+        self._piece_offsets = indexed.offsets[self.documents[firsts]]
+
+    def __len__(self) -> int:
+        return (self.tokens - 1) // self.seq_len
+
+    def sample(self, index: int) -> Sample:
+        """Sample `index` of `len(self)`.
+
+        Raises:
+            InputError: a token id is negative or not in the vocabulary; names the file and the byte.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        start, size = index * self.seq_len, self.seq_len
+        tokens = self._read(self.indexed, start, size + 1)
+        self._check_ids(tokens, start)
+        tokens = tokens.astype(np.int32)
+        labels = tokens[1:].copy()
+        if self._loss_mask is not None:
+            labels[self._read(self._loss_mask, start, size + 1)[1:] == 0] = NO_LOSS
+        first_key = np.zeros(size, np.int32)
+        if self.mask_documents:
+            places = np.arange(start, start + size + 1)
+            begins = self._starts[np.searchsorted(self._starts, places, side="right") - 1]
+            labels[(begins == places)[1:]] = NO_LOSS
+            first_key = np.maximum(begins[:-1] - start, 0).astype(np.int32)
+        return Sample(tokens[:-1], labels, first_key)
+
+    def _read(self, source: IndexedDataset, start: int, length: int) -> np.ndarray:
+        """[length] tokens of the stream from `start` on, out of `source` (the tokens or their loss mask)."""
+        pieces, end = [], start + length
+        piece = int(np.searchsorted(self._piece_starts, start, side="right")) - 1
+        while start < end:
+            last = piece + 1 == len(self._piece_starts)
+            stop = end if last else min(end, int(self._piece_starts[piece + 1]))
+            at = int(self._piece_offsets[piece] + start - self._piece_starts[piece])
+            pieces.append(source.flat[at : at + stop - start])
+            start, piece = stop, piece + 1
+        return np.concatenate(pieces)
+
+    def _check_ids(self, tokens: np.ndarray, start: int) -> None:
+        bad = tokens < 0 if self.vocab is None else (tokens < 0) | (tokens >= self.vocab)
+        if not bad.any():
+            return
+        place = start + int(bad.argmax())
+        piece = int(np.searchsorted(self._piece_starts, place, side="right")) - 1
+        at = int(self._piece_offsets[piece] + place - self._piece_starts[piece])
+        raise InputError(
+            f"{bin_path(self.indexed.prefix)}: byte {at * self.indexed.dtype.itemsize} holds the token id "
+            f"{tokens[bad][0]}, outside a vocabulary of {self.vocab:,}; build the dataset with the model's tokenizer"
+            if self.vocab is not None
+            else f"{bin_path(self.indexed.prefix)}: byte {at * self.indexed.dtype.itemsize} holds the negative "
+            f"token id {tokens[bad][0]}; build the dataset again"
+        )
+
+    def _check_long_enough(self, split: str, holdout: float) -> None:
+        if self.tokens > self.seq_len:
+            return
+        rule = (
+            f"{self.indexed.prefix} has {self.tokens:,} tokens in the {len(self.documents):,} documents of its {split} "
+            f"split, and one sample takes data.seq_len + 1 = {self.seq_len + 1:,}"
+        )
+        remedy = "give more text or a smaller data.seq_len"
+        if split == "holdout":
+            remedy = f"raise data.holdout above {holdout}, or set data.holdout=0 to train on everything"
+        raise InputError(f"{rule}; {remedy}")
+
+
+def _cumulative(lengths: np.ndarray) -> np.ndarray:
+    """int64 [n + 1]: where each of n pieces starts, and the end."""
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+
+
+def _held_out(lengths: np.ndarray, share: float) -> np.ndarray:
+    """bool [documents]: which documents are held out.
+
+    In an order that is a fixed permutation, until `share` of the tokens is reached. Documents longer than what
+    is to be held out are passed over, unless there is no other; the last document of a corpus is never taken.
+    """
+    held_out = np.zeros(len(lengths), bool)
+    target = share * lengths.sum()
+    if share <= 0 or len(lengths) < 2:
+        return held_out
+    order = Permutation(len(lengths), HOLDOUT_SEED)(np.arange(len(lengths)))
+    fitting = order[(lengths[order] <= target) & (lengths[order] > 0)]
+    if not len(fitting):
+        fitting = order[[np.argmin(np.where(lengths[order] > 0, lengths[order], np.iinfo(np.int64).max))]]
+    before = _cumulative(lengths[fitting])[:-1]
+    held_out[fitting[before < target]] = True
+    return held_out
+
+
+def _loss_mask_of(indexed: IndexedDataset) -> IndexedDataset | None:
+    """The loss mask beside a dataset, checked to fit it, or None where all tokens are to be learnt."""
+    prefix = loss_mask_prefix(indexed.prefix)
+    if not idx_path(prefix).exists():
+        return None
+    mask = IndexedDataset(prefix)
+    if not np.array_equal(mask.lengths, indexed.lengths):
+        raise InputError(
+            f"{idx_path(prefix)} has other documents than {idx_path(indexed.prefix)}; build the dataset again, "
+            "or remove the loss mask to learn every token"
+        )
+    return mask

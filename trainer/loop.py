@@ -1,0 +1,117 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from models.config import ModelConfig
+from parallel.collectives import Collectives
+from parallel.mesh import Mesh
+from trainer import metrics
+from trainer.callbacks.base import Callback
+from trainer.checkpoint import Checkpoint
+from trainer.data.loader import Batch, Loader
+from trainer.errors import NotFiniteError, Stopped
+from trainer.lr import LearningRate
+from trainer.meter import Meter
+from trainer.recipe import Recipe
+from trainer.run_directory import RunDirectory
+from trainer.step import Outcome, TrainStep, Weights
+
+
+class Loop:
+    """One rank's run: its parts, where it stands, and `fit`.
+
+    Attributes:
+        step: the last step that is done.
+        status: `running`, then `done`, `stopped` or `not_finite`.
+        meter: makes rows out of outcomes.
+    """
+
+    def __init__(
+        self, recipe: Recipe, run: RunDirectory, mesh: Mesh, collectives: Collectives, weights: Weights,
+        train_step: TrainStep, loader: Loader, holdout: Sequence[Batch], meter: Meter, callbacks: Iterable[Callback],
+    ) -> None:  # fmt: skip
+        self.recipe, self.run, self.mesh, self.collectives = recipe, run, mesh, collectives
+        self.weights, self.train_step, self.loader, self.holdout = weights, train_step, loader, holdout
+        self.meter, self.callbacks = meter, list(callbacks)
+        self.rates = LearningRate(recipe.lr, recipe.optimizer.lr, recipe.train.steps)
+        self.step = 0
+        self.status = "running"
+        self.stop_requested = False
+
+    @property
+    def model(self) -> ModelConfig:
+        """Shapes of the model."""
+        return self.recipe.model
+
+    @property
+    def last_step(self) -> int:
+        """The step after which this run ends."""
+        return self.recipe.train.last_step
+
+    def fit(self) -> None:
+        """Train to the last step. Raises `Stopped` after a signal, `NotFiniteError` on a bad loss."""
+        self.call("on_start")
+        stopped = False
+        while self.step < self.last_step and not stopped:
+            self.call("before_step")
+            outcome = self._one_step()
+            stopped = outcome.stop_requested
+            self.call("after_step", outcome)
+            if self.step % self.recipe.train.log_every == 0 or stopped or self.step == self.last_step:
+                self.call("on_row", self.meter.row(self.step))
+            if self._evaluates() and not stopped:
+                self._evaluate()
+        self.status = "stopped" if stopped else "done"
+        self.call("on_end")
+        if stopped:
+            raise Stopped(f"stopped by a signal after step {self.step}; the state is saved in {self.run.checkpoints}")
+
+    def resume(self, saved: Checkpoint) -> None:
+        """Take the step and the callbacks' state from a checkpoint; weights and data start from it already."""
+        self.step = saved.step
+        for callback in self.callbacks:
+            if callback.name in saved.state["callbacks"]:
+                callback.load_state(saved.state["callbacks"][callback.name])
+
+    def call(self, hook: str, *arguments: Any) -> None:
+        """Call one hook of every callback."""
+        for callback in self.callbacks:
+            getattr(callback, hook)(self, *arguments)
+
+    def event(self, name: str, **details: Any) -> None:
+        """Tell every callback that something happened."""
+        self.call("on_event", {metrics.STEP: self.step, metrics.EVENT: name, **details})
+
+    def _one_step(self) -> Outcome:
+        begin = time.perf_counter()
+        batch = next(self.loader)
+        rate = self.rates.rate(self.step + 1)
+        outcome = self.train_step(batch, rate, self.step + 1, self.stop_requested)
+        self.step += 1
+        self._check_finite(outcome)
+        self.meter.add(outcome, rate, self.loader.consumed, time.perf_counter() - begin, self.loader.wait_s)
+        return outcome
+
+    def _check_finite(self, outcome: Outcome) -> None:
+        if math.isfinite(outcome.loss) and math.isfinite(outcome.grad_norm):
+            return
+        self.status = "not_finite"
+        self.event("not_finite", loss=repr(outcome.loss), grad_norm=repr(outcome.grad_norm))
+        raise NotFiniteError(
+            f"step {self.step}: the loss is {outcome.loss} and the gradient norm {outcome.grad_norm}; the last good "
+            "checkpoint stands; resume from it with a smaller optimizer.lr or a longer lr.warmup"
+        )
+
+    def _evaluates(self) -> bool:
+        every = self.recipe.train.eval_every
+        return bool(every and self.holdout) and (self.step % every == 0 or self.step == self.last_step)
+
+    def _evaluate(self) -> None:
+        loss = self.train_step.evaluate(self.holdout)
+        self.meter.eval_loss = loss
+        self.call("on_evaluation", {metrics.STEP: self.step, metrics.EVAL_LOSS: loss})

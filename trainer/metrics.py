@@ -1,0 +1,80 @@
+"""Names of everything that a run reports. Dashboards and tests import them from here.
+
+A row of `metrics.jsonl` has the keys of `ROW`; TensorBoard shows them under the names of `metrics.tags`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+STEP = "step"
+LOSS = "loss"
+GRAD_NORM = "grad_norm"
+LR = "lr"
+TOKENS = "tokens"
+SAMPLES = "samples"
+TOKENS_PER_S = "tokens_per_s"
+TOKENS_PER_S_PER_RANK = "tokens_per_s_per_rank"
+STEP_S = "step_s"
+DATA_WAIT_S = "data_wait_s"
+MFU = "mfu"
+MEMORY_GIB = "memory_gib"
+EVAL_LOSS = "eval_loss"
+EVENT = "event"
+BATCH_SIZE = "batch_size"
+"""Sequences a step; a curve of other projects, constant here."""
+DATA_SHARE = "data_share"
+"""Share of the step that waited for data."""
+
+ROW = (STEP, LOSS, GRAD_NORM, LR, TOKENS, SAMPLES, TOKENS_PER_S, TOKENS_PER_S_PER_RANK,
+       STEP_S, DATA_WAIT_S, MFU, MEMORY_GIB)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Tag:
+    """One TensorBoard curve: its name, the key of the row, a factor of the unit, and the x axis."""
+
+    name: str
+    key: str
+    factor: float = 1.0
+    x: str = STEP
+
+
+def tags(scheme: str, flops_per_token: float, memory_total_gib: float | None) -> list[Tag]:
+    """The curves of `metrics.tags`, with the names that each project's dashboards read.
+
+    `throughput` means TFLOP/s a rank in Megatron-LM's names. Curves over another x axis carry its name.
+    """
+    tflops = flops_per_token / 1e12
+    if scheme == "megatron":
+        curves = [
+            Tag("lm loss", LOSS),
+            Tag("learning-rate", LR),
+            Tag("grad-norm", GRAD_NORM),
+            Tag("batch-size", BATCH_SIZE),
+            Tag("iteration-time", STEP_S),
+            Tag("throughput", TOKENS_PER_S_PER_RANK, tflops),
+            Tag("lm loss validation", EVAL_LOSS),
+        ]
+        return curves + [Tag(f"{c.name} vs samples", c.key, c.factor, SAMPLES) for c in curves]
+    if scheme == "torchtitan":
+        curves = [
+            Tag("loss_metrics/global_avg_loss", LOSS),
+            Tag("grad_norm", GRAD_NORM),
+            Tag("lr", LR),
+            Tag("throughput(tps)", TOKENS_PER_S_PER_RANK),
+            Tag("tflops", TOKENS_PER_S_PER_RANK, tflops),
+            Tag("mfu(%)", MFU, 100.0),
+            Tag("time_metrics/end_to_end(s)", STEP_S),
+            Tag("time_metrics/data_loading(s)", DATA_WAIT_S),
+            Tag("time_metrics/data_loading(%)", DATA_SHARE, 100.0),
+            Tag("memory/max_reserved(GiB)", MEMORY_GIB),
+            Tag("n_tokens_seen", TOKENS),
+            Tag("validation_metrics/loss", EVAL_LOSS),
+        ]
+        if memory_total_gib:
+            curves.append(Tag("memory/max_reserved(%)", MEMORY_GIB, 100.0 / memory_total_gib))
+        return curves
+    curves = [Tag(key, key) for key in (*ROW[1:], EVAL_LOSS)]
+    return curves + [Tag(f"{key}_by_{x}", key, x=x) for key in (LOSS, EVAL_LOSS) for x in (TOKENS, SAMPLES)]
+

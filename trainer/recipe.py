@@ -1,0 +1,145 @@
+"""The typed recipe: every key that a user may write, checked, and the reference of all keys made from it."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import textwrap
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
+
+from models.checks import ConfigError, check, nearest
+from models.config import ModelConfig
+from parallel import topology
+from parallel.layout import Layout
+from trainer.data.settings import DataSettings
+from trainer.launch.settings import LauncherSettings
+from trainer.settings import (
+    CheckpointSettings,
+    LayoutSettings,
+    LearningRateSettings,
+    MetricsSettings,
+    OptimizerSettings,
+    TrainSettings,
+)
+
+REFERENCE = "see 'busway train --help-keys'"
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    """One run: what is trained, on what, how, and where."""
+
+    model: ModelConfig
+    data: DataSettings
+    train: TrainSettings
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    lr: LearningRateSettings = field(default_factory=LearningRateSettings)
+    layout: LayoutSettings = field(default_factory=LayoutSettings)
+    topology: dict[str, Any]
+    launcher: LauncherSettings = field(default_factory=LauncherSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    metrics: MetricsSettings = field(default_factory=MetricsSettings)
+
+    def __post_init__(self) -> None:
+        self.machine = topology.load(self.topology)
+        check(
+            self.data.seq_len <= self.model.max_length,
+            "data.seq_len",
+            f"must not exceed model.max_length {self.model.max_length}, but is {self.data.seq_len}",
+            "shorten data.seq_len or raise model.max_length",
+        )
+        check(
+            self.layout.dp is None or self.launcher.ranks is None or self.layout.dp == self.launcher.ranks,
+            "layout.dp",
+            f"must equal launcher.ranks {self.launcher.ranks}, but is {self.layout.dp}",
+            "leave one of them out, and it follows from the other",
+        )
+        self.parallel_layout = Layout(
+            dp=self.layout.dp or self.launcher.ranks or 1, micro_batch=self.layout.micro_batch
+        )
+        self.parallel_layout.check_batch(self.train.global_batch)
+        self.machine.check_fits(self.parallel_layout.world_size)
+
+
+def typed(config: DictConfig) -> Recipe:
+    """The recipe that `config` spells, or `ConfigError` with one line about the first thing that is wrong."""
+    try:
+        recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), config))
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{_key(error)} is missing; set {_key(error)}=…") from error
+    except ConfigKeyError as error:
+        raise ConfigError(unknown_key(_key(error))) from error
+    except (ValidationError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{_key(error)}: {_sentence(error)}; {REFERENCE}") from error
+    return recipe
+
+
+def resolved(recipe: Recipe) -> str:
+    """The recipe as YAML with every key in it."""
+    return OmegaConf.to_yaml(OmegaConf.structured(recipe))
+
+
+def unknown_key(key: str) -> str:
+    """What to say of a key that no section has: the nearest known one of its section, or of all."""
+    section = key.rpartition(".")[0]
+    known = [known for known, *_ in keys()]
+    siblings = [k for k in known if k.startswith(section + ".")] if section else []
+    return f"unknown key {key}; {nearest(key, siblings or known, REFERENCE)}"
+
+
+def keys(cls: type = Recipe, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
+    """(key, type, default, what it means) of every key, in order, read from the dataclasses and their docstrings."""
+    documents = _field_documents(cls)
+    hints = typing.get_type_hints(cls)
+    for entry in dataclasses.fields(cls):
+        key, hint = prefix + entry.name, hints[entry.name]
+        if dataclasses.is_dataclass(hint):
+            yield from keys(hint, key + ".")
+        elif entry.name == "topology":
+            yield key, "group or file", "", "The machine as levels; see docs/topology.md."
+        else:
+            yield key, _type_name(hint), _default(entry), documents[entry.name]
+
+
+def _default(entry: dataclasses.Field) -> str:
+    if entry.default is not dataclasses.MISSING:
+        value = entry.default
+    elif entry.default_factory is not dataclasses.MISSING:
+        value = entry.default_factory()
+    else:
+        return "required"
+    if value is None:
+        return "left out"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _type_name(hint: Any) -> str:
+    arguments = [a for a in typing.get_args(hint) if a is not type(None)]
+    if typing.get_origin(hint) is list:
+        return f"list of {arguments[0].__name__.lower()}"
+    return arguments[0].__name__ if arguments else hint.__name__
+
+
+def _field_documents(cls: type) -> dict[str, str]:
+    """Field name -> the string literal under it."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
+    documents = {}
+    for statement, following in zip(body, body[1:], strict=False):
+        if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
+            documents[statement.target.id] = " ".join(ast.literal_eval(following.value).split())
+    return documents
+
+
+def _key(error: OmegaConfBaseException) -> str:
+    return str(error.full_key or error.key or "recipe")
+
+
+def _sentence(error: Exception) -> str:
+    return str(error).split("\n")[0].rstrip(".")

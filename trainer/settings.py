@@ -1,0 +1,156 @@
+"""The sections of a recipe that belong to the trainer. Others: `model` in models/config.py, `data` in
+trainer/data/settings.py, `launcher` in trainer/launch/settings.py, `topology` in parallel/topology.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from models.checks import check, check_above, check_at_least, check_choice
+
+
+@dataclass(kw_only=True)
+class TrainSettings:
+    """How long, on how much, and at which precision."""
+
+    steps: int
+    """Steps of the whole run; the learning rate's horizon."""
+    stop_at: int | None = None
+    """End after this step without changing the learning rate's horizon."""
+    global_batch: int
+    """Sequences a step, over all ranks and micro-batches."""
+    seed: int = 0
+    """Seed of the initial weights and of the sample order."""
+    precision: str = "auto"
+    """`fp32`; `bf16` with fp32 master weights (on CPU rounded to bf16 around fp32 multiplication); `fp64`, a
+    reference for the CPU; `auto`: bf16 on Ascend, fp32 on CPU."""
+    kernels: str = "auto"
+    """`auto` takes the fastest implementation of each kernel; `plain` forces stock MindSpore operators."""
+    eval_every: int = 0
+    """Steps between evaluations on the held-out text, and one at the end; 0: never."""
+    eval_batches: int = 8
+    """Global batches of one evaluation."""
+    log_every: int = 1
+    """Steps between logged rows."""
+    name: str | None = None
+    """Name of the run directory; left out, the recipe's name and the first free number."""
+    out: str = "runs"
+    """Folder that holds run directories."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "global_batch", "eval_batches", "log_every"):
+            check_at_least(f"train.{name}", getattr(self, name), 1)
+        for name in ("eval_every", "seed"):
+            check_at_least(f"train.{name}", getattr(self, name), 0)
+        if self.stop_at is not None:
+            check_at_least("train.stop_at", self.stop_at, 1)
+        check_choice("train.precision", self.precision, ("auto", "fp32", "bf16", "fp64"))
+        check_choice("train.kernels", self.kernels, ("auto", "plain"))
+        check(
+            self.name is None or (self.name not in ("", ".", "..") and "/" not in self.name),
+            "train.name",
+            f"must be one folder's name, but is {self.name!r}",
+            "put the parent folder into train.out",
+        )
+
+    @property
+    def last_step(self) -> int:
+        """The step after which the run ends."""
+        return self.steps if self.stop_at is None else min(self.stop_at, self.steps)
+
+
+@dataclass
+class OptimizerSettings:
+    """AdamW with decoupled weight decay (on matrices alone) and a clip of the global gradient norm."""
+
+    lr: float = 3e-4
+    """Peak learning rate."""
+    weight_decay: float = 0.1
+    """Decoupled decay of matrices; norms and biases have none."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """Decay of the first and the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    clip: float = 1.0
+    """Gradients are scaled down to this global norm; 0: never."""
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "eps"):
+            check_above(f"optimizer.{name}", getattr(self, name), 0)
+        for name in ("weight_decay", "clip"):
+            check_at_least(f"optimizer.{name}", getattr(self, name), 0)
+        check(
+            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+            "optimizer.betas",
+            f"must be two numbers of at least 0 and below 1, but is {self.betas}",
+            "the usual pair is [0.9,0.95]",
+        )
+
+
+@dataclass
+class LearningRateSettings:
+    """How the learning rate goes from 0 through its peak (`optimizer.lr`) to its end."""
+
+    schedule: str = "cosine"
+    """`constant`, `linear`, `cosine`, `inverse_sqrt`, `polynomial` or `wsd` (warm-up, stable, decay)."""
+    warmup: int = 0
+    """Steps of linear warm-up."""
+    min: float = 0.0
+    """Learning rate at the end of a decay."""
+    power: float = 1.0
+    """Exponent of `polynomial`."""
+    decay: int | None = None
+    """Last steps in which `wsd` decays; left out, a fifth of the run."""
+
+    def __post_init__(self) -> None:
+        schedules = ("constant", "linear", "cosine", "inverse_sqrt", "polynomial", "wsd")
+        check_choice("lr.schedule", self.schedule, schedules)
+        for name in ("warmup", "min"):
+            check_at_least(f"lr.{name}", getattr(self, name), 0)
+        check_above("lr.power", self.power, 0)
+        if self.decay is not None:
+            check_at_least("lr.decay", self.decay, 1)
+
+
+@dataclass
+class LayoutSettings:
+    """Sizes of the parallel axes. Nothing here changes the numbers."""
+
+    dp: int | None = None
+    """Ranks that share the global batch (data parallelism); left out, it follows from `launcher.ranks`."""
+    micro_batch: int = 1
+    """Sequences that one rank computes at once; gradients add up over micro-batches."""
+
+    def __post_init__(self) -> None:
+        check_at_least("layout.micro_batch", self.micro_batch, 1)
+        if self.dp is not None:
+            check_at_least("layout.dp", self.dp, 1)
+
+
+@dataclass
+class CheckpointSettings:
+    """When the state is saved, how many are kept, and what a run starts from."""
+
+    every: int = 0
+    """Steps between checkpoints; 0: at the end alone. A run that is told to stop saves too."""
+    keep: int = 2
+    """How many of the newest checkpoints stay."""
+    resume: str = "none"
+    """`none`; `auto`, from the newest checkpoint of the run if there is one; or a checkpoint's folder."""
+    init_from: str | None = None
+    """Folder of weights to start from, Hugging Face's or ours; shapes must fit the model."""
+
+    def __post_init__(self) -> None:
+        check_at_least("checkpoint.every", self.every, 0)
+        check_at_least("checkpoint.keep", self.keep, 1)
+
+
+@dataclass
+class MetricsSettings:
+    """What dashboards see."""
+
+    tags: str = "busway"
+    """Names of the TensorBoard curves: `busway`, `megatron` or `torchtitan`."""
+
+    def __post_init__(self) -> None:
+        check_choice("metrics.tags", self.tags, ("busway", "megatron", "torchtitan"))

@@ -1,0 +1,152 @@
+"""`busway train`: from the command line to ranks that run."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from models.checks import ConfigError
+from trainer import launch, machine, run_directory
+from trainer.compose import BUILT_IN, Composed, compose_recipe, known_recipes, sweep
+from trainer.data import prepare
+from trainer.errors import EXIT_DONE, InputError
+from trainer.recipe import Recipe, keys
+from trainer.run_directory import RunDirectory
+
+ITEM_BYTES = {"fp32": 4, "bf16": 4, "fp64": 8}
+
+
+def register(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `busway train`."""
+    parser.add_argument(
+        "recipe", nargs="?", default=BUILT_IN, help=f"a packaged recipe ({', '.join(known_recipes())}) or a YAML file"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides: model.layers=2 lr=constant")
+    parser.add_argument("--cfg", choices=["job"], help="print the composed recipe and do nothing")
+    parser.add_argument("--multirun", "-m", action="store_true", help="run every combination of key=a,b in turn")
+    parser.add_argument("--help-keys", action="store_true", help="print every key with its meaning")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; the exit code."""
+    if args.help_keys:
+        print(key_reference())
+        return EXIT_DONE
+    name, overrides = args.recipe, args.overrides
+    if "=" in name or name[:1] in "~+":
+        name, overrides = BUILT_IN, [name, *overrides]
+    if not args.multirun:
+        return _one(compose_recipe(name, overrides), args.cfg)
+    for job in sweep(overrides):
+        print(f"multirun: {name} {' '.join(job)}", flush=True)
+        code = _one(compose_recipe(name, job), args.cfg)
+        if code != EXIT_DONE:
+            return code
+    return EXIT_DONE
+
+
+def _one(composed: Composed, cfg: str | None) -> int:
+    recipe = composed.recipe
+    if cfg:
+        print(OmegaConf.to_yaml(composed.config), end="")
+        return EXIT_DONE
+    return train(recipe, composed.name)
+
+
+def train(recipe: Recipe, name: str) -> int:
+    """Check everything that can be checked, errors of the recipe first, then become a rank or start the ranks."""
+    recipe = _with_world(recipe)
+    ranks, device = recipe.parallel_layout.world_size, machine.device()
+    kind = launch.choose(recipe.launcher, ranks, device)
+    prepare.check(recipe.data, recipe.model.vocab)
+    _check_start(recipe)
+    if kind == "none":
+        return _be_a_rank(recipe, name)
+    run = run_directory.choose(recipe, name)
+    start = launch.compose(recipe.launcher, ranks, run.path, device)
+    if start.nodes > 1:
+        _check_named(recipe, f"{start.nodes} nodes")
+    _check_memory(recipe, len(start.ranks))
+    if 0 in start.ranks:
+        run.create(recipe)
+    prepare.prepare(recipe.data, recipe.model.vocab, recipe.data.seq_len, lambda line: print(line, flush=True))
+    return launch.supervise(start)
+
+
+def _with_world(recipe: Recipe) -> Recipe:
+    """With neither `layout.dp` nor `launcher.ranks` given, `launcher.kind=none` takes the world that is there."""
+    size = launch.world_from_environment(os.environ)[1]
+    if recipe.launcher.kind != "none" or recipe.layout.dp or recipe.launcher.ranks:
+        return recipe
+    return replace(recipe, launcher=replace(recipe.launcher, ranks=size))
+
+
+def _be_a_rank(recipe: Recipe, name: str) -> int:
+    """This process is a rank: alone, or under a launcher that Busway did not start."""
+    rank, size = launch.world_from_environment(os.environ)
+    if size > 1:
+        _check_named(recipe, f"{size} ranks that Busway did not start")
+    if rank == 0:
+        run = run_directory.choose(recipe, name)
+        _check_memory(recipe, 1)
+        run.create(recipe)
+    else:
+        run = RunDirectory(Path(recipe.train.out).expanduser() / recipe.train.name)
+        with machine.writing_to(run.path):
+            run.logs.mkdir(parents=True, exist_ok=True)
+    os.environ.update(launch.rank_environment(os.environ, size, len(os.sched_getaffinity(0)), machine.device()))
+    from trainer.worker import work
+
+    return work(recipe, run, rank)
+
+
+def _check_named(recipe: Recipe, who: str) -> None:
+    if recipe.train.name is None:
+        raise ConfigError(f"train.name is left out, but {who} must find one run directory; set train.name=NAME")
+
+
+def _check_start(recipe: Recipe) -> None:
+    """Folders that the run starts from must be there and fit."""
+    resume, init_from = recipe.checkpoint.resume, recipe.checkpoint.init_from
+    if resume not in ("none", "auto") and not Path(resume).is_dir():
+        raise ConfigError(f"checkpoint.resume={resume} is no folder; set none, auto or a checkpoint's folder step-…")
+    if init_from:
+        from trainer.convert import read_weights
+
+        theirs, ours = read_weights(init_from).config.parameters(), recipe.model.parameters()
+        shapes = {spec.name: spec.shape for spec in theirs}
+        for spec in ours:
+            if shapes.get(spec.name) != spec.shape:
+                has = f"has it as {list(shapes[spec.name])}" if spec.name in shapes else "lacks it"
+                raise InputError(
+                    f"checkpoint.init_from={init_from}: the model needs {spec.name} {list(spec.shape)}, but the folder "
+                    f"{has}; set the model's shapes to those of the weights"
+                )
+
+
+def _check_memory(recipe: Recipe, local_ranks: int) -> None:
+    if machine.device() == "Ascend":
+        return  # the ranks' memory is on the devices, and this machine's says nothing of it
+    precision = machine.precision(recipe.train, machine.device())
+    layout = recipe.parallel_layout
+    needed = machine.needed_memory_gib(
+        recipe.model,
+        layout.micro_batch * recipe.data.seq_len,
+        ITEM_BYTES[precision],
+        accumulates=layout.check_batch(recipe.train.global_batch) > 1,
+    )
+    machine.check_memory(needed, local_ranks)
+
+
+def key_reference() -> str:
+    """Every key as a Markdown table, made from the dataclasses (docs/keys.md is this text)."""
+    lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
+    lines += [f"| `{key}` | {kind} | {default} | {meaning} |" for key, kind, default, meaning in keys()]
+    return "\n".join(lines)
+
+
