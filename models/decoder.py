@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from models.attention import attention_block
 from models.config import ModelConfig
 from models.feed_forward import feed_forward_block
 from models.kernels import Kernels
 from models.layers import Embedding, Linear, Norm
 from models.loss import CrossEntropySum
-from models.segments import Chain
+from models.segments import Chain, Segment
 from models.weights import weights_of
+
+
+MakeLayer = Callable[[ModelConfig, int, Kernels, str], Segment]
+
+
+def decoder_layer(config: ModelConfig, layer: int, kernels: Kernels, rounding: str) -> Chain:
+    """Layer number `layer`: attention, then feed-forward."""
+    return Chain([block(config, layer, kernels, rounding) for block in (attention_block, feed_forward_block)])
 
 
 class Decoder(Chain):
     """Context in, sum of token losses out. `weights` lists each tensor once; a tied head reads the first.
 
-    `rounding` is how linears take their operands (`models.layers.Rounding`).
+    `rounding` is how linears take their operands (`models.layers.Rounding`); `make_layer` makes each layer, from the
+    parameters that `config.layer_parameters` lists.
     """
 
-    def __init__(self, config: ModelConfig, kernels: Kernels, rounding: str = "none") -> None:
+    def __init__(
+        self, config: ModelConfig, kernels: Kernels, rounding: str = "none", make_layer: MakeLayer = decoder_layer
+    ) -> None:
         specs = config.parameters()
         head = weights_of([specs[0] if config.tied_embeddings else specs[-1]])
         norm = weights_of([next(spec for spec in specs if spec.name == "norm.weight")])
-        layers = [
-            Chain([block(config, layer, kernels, rounding) for block in (attention_block, feed_forward_block)])
-            for layer in range(config.layers)
-        ]
+        layers = [make_layer(config, layer, kernels, rounding) for layer in range(config.layers)]
         super().__init__(
             [
                 Embedding(weights_of(specs[:1]), kernels),

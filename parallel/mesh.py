@@ -73,8 +73,10 @@ class Mesh:
         for view in (DENSE, EXPERT):
             if set(names) <= set(view):
                 return tuple(axis for axis in view if axis in names and getattr(self.layout, axis) > 1)
-        known = ", ".join(dict.fromkeys(DENSE + EXPERT + tuple(VIEWS)))
-        raise ValueError(f"no axes of one view: {names}; axes are dense {DENSE} or expert {EXPERT}, known: {known}")
+        raise ValueError(
+            f"no axes of one view: {', '.join(names)}; known are the axes {', '.join(DENSE)}, or {', '.join(EXPERT)}, "
+            f"and the views {', '.join(VIEWS)}"
+        )
 
     def label(self, axes: Axes) -> str:
         """`axes` as the traffic account names them: ``dp``, ``dp x cp``, or ``none`` when all have size 1."""

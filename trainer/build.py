@@ -166,7 +166,7 @@ def _banner(loop: Loop, precision: str, kernel_line: str, micro_batches: int, sa
     peak = "unknown for this machine, so MFU is not given"
     if meter.peak_flops:
         peak = f"{meter.peak_flops / 1e12:,.0f} TFLOP/s a rank ({recipe.machine.name})"
-    say(f"busway {version('busway')}, mindspore {version('mindspore')} on {machine.device()}; run {loop.run.path}")
+    say(f"busway {version('busway')}, mindspore {version('mindspore')} on {machine.device()}; run {loop.run}")
     say(f"layout: {loop.mesh.describe()}; collectives: {loop.collectives.describe()}")
     say(f"model: {recipe.model.parameter_count:,} parameters, {meter.flops_per_token:,} FLOPs a token; {precision}")
     say(f"FLOPs: {FLOPS_CONVENTION}; peak: {peak}")

@@ -28,6 +28,7 @@ class Loop:
     Attributes:
         step: the last step that is done.
         status: `running`, then `done`, `stopped` or `not_finite`.
+        stop_requested: this rank was told to stop; `stopped`: all ranks know it and stop after this step.
         meter: makes rows out of outcomes.
     """
 
@@ -41,7 +42,7 @@ class Loop:
         self.rates = LearningRate(recipe.lr, recipe.optimizer.lr, recipe.train.steps)
         self.step = 0
         self.status = "running"
-        self.stop_requested = False
+        self.stop_requested = self.stopped = False
 
     @property
     def model(self) -> ModelConfig:
@@ -56,20 +57,23 @@ class Loop:
     def fit(self) -> None:
         """Train to the last step. Raises `Stopped` after a signal, `NotFiniteError` on a bad loss."""
         self.call("on_start")
-        stopped = False
-        while self.step < self.last_step and not stopped:
-            self.call("before_step")
-            outcome = self._one_step()
-            stopped = outcome.stop_requested
-            self.call("after_step", outcome)
-            if self.step % self.recipe.train.log_every == 0 or stopped or self.step == self.last_step:
-                self.call("on_row", self.meter.row(self.step))
-            if self._evaluates() and not stopped:
-                self._evaluate()
-        self.status = "stopped" if stopped else "done"
+        while self.step < self.last_step and not self.stopped:
+            self.advance()
+        self.status = "stopped" if self.stopped else "done"
         self.call("on_end")
-        if stopped:
+        if self.stopped:
             raise Stopped(f"stopped by a signal after step {self.step}; the state is saved in {self.run.checkpoints}")
+
+    def advance(self) -> None:
+        """One step and what belongs to it."""
+        self.call("before_step")
+        outcome = self._one_step()
+        self.stopped = outcome.stop_requested
+        self.call("after_step", outcome)
+        if self.step % self.recipe.train.log_every == 0 or self.stopped or self.step == self.last_step:
+            self.call("on_row", self.meter.row(self.step))
+        if self._evaluates() and not self.stopped:
+            self._evaluate()
 
     def resume(self, saved: Checkpoint) -> None:
         """Take the step and the callbacks' state from a checkpoint; weights and data start from it already."""

@@ -32,6 +32,13 @@ class RunDirectory:
 
     path: Path
 
+    def __str__(self) -> str:
+        """The path as a user would type it: relative to the working directory where it lies below it."""
+        try:
+            return str(self.path.resolve().relative_to(Path.cwd()))
+        except ValueError:
+            return str(self.path)
+
     @property
     def recipe(self) -> Path:
         """The resolved recipe."""

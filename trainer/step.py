@@ -146,8 +146,9 @@ class Accumulate(nn.Cell):
     def construct(self, tokens, labels, first_key):
         """The micro-batch's sums."""
         sums, gradients = self.gradients.run(tokens, labels, first_key)
-        for accumulator, gradient in zip(self.accumulators, (sums,) + gradients, strict=True):
-            sums = ops.depend(sums, ops.assign_add(accumulator, gradient))
+        added = (sums,) + gradients
+        for i in range(len(added)):
+            sums = ops.depend(sums, ops.assign_add(self.accumulators[i], added[i]))
         return sums
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from trainer.errors import Stopped, exit_code_of
+from trainer.errors import EXIT_DONE, Stopped, exit_code_of
 from trainer.launch import rank as ranks
-from trainer.launch import world_from_environment
+from trainer.launch import is_scheduler, world_from_environment
 from trainer.recipe import Recipe
 from trainer.run_directory import RunDirectory, load_recipe
 
@@ -44,7 +44,12 @@ def work(recipe: Recipe, run: RunDirectory, rank: int) -> int:
 
 
 def main() -> int:
-    """Entry of a rank that a launcher started."""
+    """Entry of a process that a launcher started: a rank, or msrun's rendezvous, which only waits for the ranks."""
+    if is_scheduler(os.environ):
+        from mindspore.communication import init
+
+        init()
+        return EXIT_DONE
     run = RunDirectory(Path(sys.argv[1]))
     rank, _ = world_from_environment(os.environ)
     return work(load_recipe(run), run, rank)

@@ -186,7 +186,7 @@ class PythonAllReduce(nn.Cell):
 
         def all_reduce(message: np.ndarray) -> np.ndarray:
             total = np.empty_like(message)
-            _wait(communicator.Iallreduce(np.ascontiguousarray(message), total))
+            wait(communicator.Iallreduce(np.ascontiguousarray(message), total))
             count[:] += (message.size * width, 1)
             return total
 
@@ -208,7 +208,7 @@ def _same(value: Any) -> Any:
     return value
 
 
-def _wait(request: MPI.Request) -> None:
+def wait(request: MPI.Request) -> None:
     """Yield for a millisecond, then sleep: see `wait` in csrc/mpi_ops.cc."""
     start = time.monotonic()
     while not request.Test():

@@ -40,7 +40,7 @@ class PackedAllReduce(nn.Cell):
             if len(members[i]) > 0:
                 chosen = self.map(ops.partial(_item, tensors), members[i])
                 parts = self.map(ops.partial(_flat, self.wires[i]), chosen)
-                message = self.operators[i](ops.concat(parts))
+                message = self.operators[i](parts[0] if len(parts) == 1 else ops.concat(parts))
                 starts = _starts(members[i], sizes)
                 sums = self.map(ops.partial(_part, message), starts, chosen)
                 tensors = self.map(ops.partial(_item, tensors + sums), _order(members[i], len(tensors)))
@@ -83,6 +83,8 @@ def _flat(wire, tensor):
 
 
 def _part(message, start, tensor):
+    if message.size == tensor.size:
+        return message.reshape(tensor.shape).astype(tensor.dtype)
     return message[start : start + tensor.size].reshape(tensor.shape).astype(tensor.dtype)
 
 

@@ -104,7 +104,7 @@ class Run:
         (self.directory / "logs").mkdir(parents=True, exist_ok=True)
         (folder / "worker.py").write_text(WORKER)
         (folder / "parent.py").write_text(PARENT)
-        environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+        environ = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(folder)}
         self.process = subprocess.Popen(
             [sys.executable, "-P", folder / "parent.py", self.directory, folder / "worker.py", plan],
             env=environ,
@@ -204,6 +204,24 @@ def test_the_failure_of_an_earlier_launch_is_not_shown_again(tmp_path):
     run = Run(tmp_path, "print,print")
     assert run.end() == 0
     assert run.err == ""
+
+
+def test_a_full_disk_is_a_machine_error_before_any_rank_starts(tmp_path):
+    (tmp_path / "run").mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "none", tmp_path / "run"]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    try:
+        (tmp_path / "run" / "logs").mkdir()
+        with contextlib.suppress(OSError):
+            (tmp_path / "run" / "full").write_bytes(bytes(2**17))
+        run = Run(tmp_path, "print,print")
+        assert run.end() == 1
+        assert run.err.splitlines()[-1].startswith("trainer.errors.MachineError: ")
+        assert "logs/launcher.log cannot be used: No space left on device" in run.err
+        assert not run.log(0).exists()
+    finally:
+        subprocess.run(["umount", tmp_path / "run"], check=True)
 
 
 def test_one_signal_lets_every_rank_end_its_step_and_save(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from rich.console import Console as RichConsole
@@ -13,8 +14,6 @@ from trainer.callbacks.base import Callback, Row
 if TYPE_CHECKING:
     from trainer.loop import Loop
     from trainer.step import Outcome
-
-QUIET_EVENTS = ("started",)
 
 
 class Console(Callback):
@@ -56,7 +55,7 @@ class Console(Callback):
         if self.progress:
             self.progress.stop()
         if loop.status == "done":
-            self.say(f"done after step {loop.step}; results are in {loop.run.path}")
+            self.say(f"done after step {loop.step}; results are in {loop.run}")
 
     def say(self, text: str) -> None:
         """One line, as it is."""
@@ -66,10 +65,10 @@ class Console(Callback):
 def line(row: Row, last_step: int) -> str:
     """A row for people."""
     mfu = "-" if row[metrics.MFU] is None else f"{row[metrics.MFU]:.1%}"
-    eta = row[metrics.STEP_S] * (last_step - row[metrics.STEP])
+    eta = timedelta(seconds=round(row[metrics.STEP_S] * (last_step - row[metrics.STEP])))
     return (
         f"step {row[metrics.STEP]:>{len(str(last_step))}}/{last_step}  loss {row[metrics.LOSS]:.4f}  "
         f"grad norm {row[metrics.GRAD_NORM]:.3f}  lr {row[metrics.LR]:.2e}  "
         f"{row[metrics.TOKENS_PER_S]:,.0f} tokens/s ({row[metrics.TOKENS_PER_S_PER_RANK]:,.0f} a rank)  "
-        f"MFU {mfu}  memory {row[metrics.MEMORY_GIB]:.2f} GiB  eta {int(eta // 60)}:{int(eta % 60):02d}"
+        f"MFU {mfu}  memory {row[metrics.MEMORY_GIB]:.2f} GiB  eta {eta}"
     )

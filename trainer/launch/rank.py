@@ -143,10 +143,16 @@ def start(run_directory: Path, rank: int, environ: Mapping[str, str] = os.enviro
     folder = environ.get(LAUNCH_VARIABLE)
     launch_directory = Path(folder) if folder else None
     size = world_from_environment(environ)[1]
-    if not launch_directory and rank == 0:
-        failure_file(run_directory).unlink(missing_ok=True)
     process = RankProcess(run_directory, rank, size, StopSignal(insist=not launch_directory), launch_directory)
-    process._streams = _redirect(process.log, rank, launch_directory)
+    try:
+        if not launch_directory and rank == 0:
+            failure_file(run_directory).unlink(missing_ok=True)
+        process._streams = _redirect(process.log, rank, launch_directory)
+    except OSError as error:
+        problem = MachineError(f"{error.filename} cannot be written: {error.strerror}; free space or change train.out")
+        if launch_directory:
+            record(failure_of(problem, rank, process.log), launch_directory, run_directory)
+        raise problem from error
     print(f"--- rank {rank} of {size}, process {os.getpid()}, {datetime.datetime.now():%F %T}", file=sys.stderr)
     faulthandler.enable()
     threading.excepthook = process._fail_in_thread
@@ -157,10 +163,7 @@ def start(run_directory: Path, rank: int, environ: Mapping[str, str] = os.enviro
 
 def _redirect(log: Path, rank: int, launch_directory: Path | None) -> dict[int, int]:
     """Point stderr and stdout where they belong; copies of what they were, by descriptor."""
-    try:
-        target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    except OSError as error:
-        raise MachineError(f"{log} cannot be written: {error.strerror}; free space or change train.out") from error
+    target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     targets = {STDERR: target}
     if rank != 0:
         targets[STDOUT] = target

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from trainer.errors import EXIT_DONE, EXIT_MACHINE, EXIT_STOPPED, EXIT_STOPPED_AT_ONCE, MachineError
 from trainer.launch.failure import Failure, failure_file, read
@@ -53,11 +54,22 @@ def supervise(launch: Launch, console: int = 1) -> int:
     stop after their step; a second one kills everything (130). Must be called from the main thread. Raises
     `MachineError` where the launcher cannot be started.
     """
-    folder = Path(tempfile.mkdtemp(prefix="busway-"))
+    with _machine_errors():
+        folder = Path(tempfile.mkdtemp(prefix="busway-"))
     try:
         return _Supervisor(launch, folder, console).run()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _machine_errors() -> Iterator[None]:
+    """Turn what the operating system refuses into a `MachineError`."""
+    try:
+        yield
+    except OSError as error:
+        reason = f"{error.filename} cannot be used: {error.strerror}" if error.filename else str(error.strerror)
+        raise MachineError(f"{reason}; see to its rights and to the space on its disk") from error
 
 
 class _Supervisor:
@@ -67,11 +79,12 @@ class _Supervisor:
         self.signals = 0
         self.stopping = False
         self.told: set[int] = set()
-        os.mkfifo(console_pipe(folder))
-        # Open for writing too, so that there is never an end of file before rank 0 has opened it.
-        self.pipe = os.open(console_pipe(folder), os.O_RDWR | os.O_NONBLOCK)
-        if 0 in launch.ranks:
-            self.shared.unlink(missing_ok=True)
+        with _machine_errors():
+            os.mkfifo(console_pipe(folder))
+            # Open for writing too, so that there is never an end of file before rank 0 has opened it.
+            self.pipe = os.open(console_pipe(folder), os.O_RDWR | os.O_NONBLOCK)
+            if 0 in launch.ranks:
+                self.shared.unlink(missing_ok=True)
         # Of an earlier launch, until node 0 has removed it.
         self.stale = _identity(self.shared)
 
@@ -100,8 +113,8 @@ class _Supervisor:
             **_terminal(self.console),
         }
         with contextlib.ExitStack() as stack:
-            try:
-                log = stack.enter_context(self.launch.log.open("wb"))
+            with _machine_errors():
+                log = stack.enter_context(_log_with_room(self.launch.log))
                 launcher = subprocess.Popen(
                     self.launch.command,
                     env=env,
@@ -111,9 +124,6 @@ class _Supervisor:
                     start_new_session=True,
                     preexec_fn=die_with_parent,
                 )
-            except OSError as error:
-                reason = f"{error.filename} cannot be used: {error.strerror}"
-                raise MachineError(f"{reason}; see to its rights and the space on its disk") from error
             try:
                 yield launcher
             finally:
@@ -195,6 +205,20 @@ class _Supervisor:
             time.sleep(0.02)
 
 
+def _log_with_room(path: Path) -> BinaryIO:
+    """`path`, empty, on a disk that takes at least a page: on a full one launchers end without a word."""
+    log = path.open("wb", buffering=0)
+    try:
+        log.write(bytes(os.sysconf("SC_PAGE_SIZE")))
+        os.fsync(log.fileno())
+        log.truncate(0)
+        log.seek(0)
+    except OSError as error:
+        log.close()
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    return log
+
+
 def _processes_with(mark: bytes) -> Iterator[int]:
     for entry in os.listdir("/proc"):
         if entry.isdecimal():
@@ -215,8 +239,13 @@ def _terminal(descriptor: int) -> dict[str, str]:
     """What tells rank 0's console (rich) about the terminal that it does not hold itself."""
     if not os.isatty(descriptor):
         return {}
-    columns, lines = os.get_terminal_size(descriptor)
-    return {"COLUMNS": str(columns), "LINES": str(lines), "TTY_COMPATIBLE": "1", "TTY_INTERACTIVE": "1"}
+    size = os.get_terminal_size(descriptor)
+    # Some pseudo-terminals have no size: 0 would leave the progress bar no room.
+    sizes = {"COLUMNS": size.columns, "LINES": size.lines}
+    return {name: str(value) for name, value in sizes.items() if value} | {
+        "TTY_COMPATIBLE": "1",
+        "TTY_INTERACTIVE": "1",
+    }
 
 
 def _write(descriptor: int, data: bytes) -> None:

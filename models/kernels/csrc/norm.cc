@@ -22,13 +22,16 @@ void norm_row(const Real* __restrict x, const Real* __restrict w, int64_t n, Rea
 template <class Real>
 void norm_row_backward(const Real* __restrict x, const Real* __restrict w, const Real* __restrict dy, int64_t n,
                        Real eps, Real* __restrict dx, Real* __restrict dw) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) dx[i] = dy[i] * w[i];
-  const Real r = inverse_rms(x, n, eps), along = dot(x, dx, n) * r * r * r * (Real(1) / n);
+  const Real r = inverse_rms(x, n, eps);
+  const Real product = reduce(n, Real(0), [](auto a, auto b) { return a + b; },
+                              [=](int64_t i) { return load(x + i) * load(dy + i) * load(w + i); },
+                              [=](int64_t i) { return x[i] * dy[i] * w[i]; });
+  const Real along = product * r * r * r * (Real(1) / n);
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    dx[i] = dx[i] * r - x[i] * along;
-    dw[i] += dy[i] * x[i] * r;
+    const Real g = dy[i] * r;
+    dx[i] = g * w[i] - x[i] * along;
+    dw[i] += g * x[i];
   }
 }
 

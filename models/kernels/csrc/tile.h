@@ -13,71 +13,58 @@ constexpr int kRows = 4;  // 16 registers: 8 sums, 2 columns of b and a broadcas
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// c[kRows][vectors * lanes] = (add ? c : 0) + sum over k < steps of a[r * a_row + k * a_step] * b[k * panel + column]
+// The stride of a row-major matrix of `columns`: whole vectors, and an odd number of them when wide, as a power of two
+// would map a column onto few cache sets.
+template <class Real>
+inline int64_t row_stride(int64_t columns) {
+  constexpr int64_t lanes = Lanes<Real>::count;
+  const int64_t whole = round_up(columns, lanes);
+  return whole % (4 * lanes) == 0 ? whole + lanes : whole;
+}
+
+// c[kRows][vectors * lanes] = (add ? c : 0) + sum over k < steps of a[r * a_row + k * a_step] * b[k * b_row + column]
 template <class Real, int vectors, bool add>
 inline __attribute__((always_inline)) void tile(const Real* a, int64_t a_row, int64_t a_step, const Real* b,
-                                                int64_t steps, Real* c, int64_t c_row) {
-  using Vector = typename Lanes<Real>::Vector;
-  constexpr int lanes = Lanes<Real>::count, panel = Lanes<Real>::panel;
-  Vector sum[kRows][vectors];
+                                                int64_t b_row, int64_t steps, Real* c, int64_t c_row) {
+  constexpr int lanes = Lanes<Real>::count;
+  typename Lanes<Real>::Vector sum[kRows][vectors];
   for (int r = 0; r < kRows; ++r)
-    for (int v = 0; v < vectors; ++v) {
-      if (add) {
-        std::memcpy(&sum[r][v], c + r * c_row + v * lanes, sizeof(Vector));
-      } else {
-        sum[r][v] = Vector{};
-      }
-    }
+    for (int v = 0; v < vectors; ++v)
+      sum[r][v] = add ? load(c + r * c_row + v * lanes) : typename Lanes<Real>::Vector{};
   for (int64_t k = 0; k < steps; ++k) {
-    Vector column[vectors];
-    for (int v = 0; v < vectors; ++v) std::memcpy(&column[v], b + k * panel + v * lanes, sizeof(Vector));
+    typename Lanes<Real>::Vector column[vectors];
+    for (int v = 0; v < vectors; ++v) column[v] = load(b + k * b_row + v * lanes);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
       for (int v = 0; v < vectors; ++v) sum[r][v] += a[r * a_row + k * a_step] * column[v];
   }
   for (int r = 0; r < kRows; ++r)
-    for (int v = 0; v < vectors; ++v) std::memcpy(c + r * c_row + v * lanes, &sum[r][v], sizeof(Vector));
+    for (int v = 0; v < vectors; ++v) store(sum[r][v], c + r * c_row + v * lanes);
 }
 
-// A matrix stored as panels of `Lanes::panel` columns, each panel row after row: a tile reads one stream, and no row
-// stride that is a power of two maps a column onto few cache sets. The last panel is padded.
+// kRows rows of c += a times `steps` rows of b. Rows of b and c hold `columns` rounded up to whole vectors.
 template <class Real>
-struct Panels {
-  Real* data;
-  int64_t rows, columns;
-
-  static constexpr int width = Lanes<Real>::panel;
-  static int64_t size(int64_t rows, int64_t columns) { return rows * round_up(columns, width); }
-
-  Real& at(int64_t row, int64_t column) const {
-    return data[(column / width) * rows * width + row * width + column % width];
-  }
-  const Real* panel(int64_t column, int64_t row) const { return &at(row, column); }
-  void set_row(int64_t row, const Real* values) const {
-    Real* out = data + row * width;
-    for (int64_t left = columns; left > 0; left -= width, values += width, out += rows * width) {
-      if (left >= width) {
-        std::memcpy(out, values, width * sizeof(Real));  // a constant size: vector moves, no call
-      } else {
-        for (int64_t i = 0; i < width; ++i) out[i] = i < left ? values[i] : Real(0);
-      }
-    }
-  }
-};
-
-// kRows rows of c (+)= a times the rows [row, row + steps) of b; c's row must hold `columns` rounded up to a panel.
-template <class Real, bool add>
-inline void multiply(const Real* a, int64_t a_row, int64_t a_step, const Panels<Real>& b, int64_t row, int64_t steps,
-                     Real* c, int64_t c_row) {
-  constexpr int lanes = Lanes<Real>::count;
-  for (int64_t column = 0; column < b.columns; column += Panels<Real>::width) {
-    if (b.columns - column > lanes) {
-      tile<Real, 2, add>(a, a_row, a_step, b.panel(column, row), steps, c + column, c_row);
+inline void multiply_add(const Real* a, int64_t a_row, int64_t a_step, const Real* b, int64_t b_row, int64_t steps,
+                         int64_t columns, Real* c, int64_t c_row) {
+  constexpr int64_t lanes = Lanes<Real>::count, panel = Lanes<Real>::panel;
+  for (int64_t column = 0; column < columns; column += panel) {
+    if (columns - column > lanes) {
+      tile<Real, 2, true>(a, a_row, a_step, b + column, b_row, steps, c + column, c_row);
     } else {
-      tile<Real, 1, add>(a, a_row, a_step, b.panel(column, row), steps, c + column, c_row);
+      tile<Real, 1, true>(a, a_row, a_step, b + column, b_row, steps, c + column, c_row);
     }
   }
+}
+
+// kRows rows of c = a times columns [from, from + columns) of b, which is stored as panels: `panel` columns, row after
+// row, so that a tile reads one stream. Whole panels of c are written.
+template <class Real>
+inline void multiply_panels(const Real* a, int64_t a_row, const Real* b, int64_t from, int64_t columns, int64_t steps,
+                            Real* c, int64_t c_row) {
+  constexpr int64_t panel = Lanes<Real>::panel;
+  for (int64_t j = 0; j < columns; j += panel)
+    tile<Real, 2, false>(a, a_row, 1, b + (from + j) * steps, panel, steps, c + j, c_row);
 }
 
 }  // namespace busway

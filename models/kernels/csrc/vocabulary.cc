@@ -18,14 +18,13 @@ void cross_entropy(const Call& call) {
     const Real* x = call.tensor<Real>(0) + t * vocab;
     const Real top = maximum(x, vocab, -std::numeric_limits<Real>::infinity());
     // Chunks, added in double: a float sum of 10^5 terms would lose digits.
-    constexpr int64_t chunk = 2048;
-    Real powers[chunk];
     double total = 0;
-    for (int64_t begin = 0; begin < vocab; begin += chunk) {
-      const int64_t n = std::min(chunk, vocab - begin);
-#pragma omp simd
-      for (int64_t i = 0; i < n; ++i) powers[i] = exponential_below(x[begin + i] - top);
-      total += sum(powers, n);
+    for (int64_t begin = 0; begin < vocab; begin += 2048) {
+      const int64_t end = std::min(vocab, begin + 2048);
+      Real part = 0;
+#pragma omp simd reduction(+ : part)
+      for (int64_t i = begin; i < end; ++i) part += exponential_below(x[i] - top);
+      total += part;
     }
     lse[t] = top + static_cast<Real>(std::log(total));
     target[t] = labels[t] >= 0 && labels[t] < vocab ? x[labels[t]] : Real(0);

@@ -1,0 +1,72 @@
+"""Training steps per second of one Llama shape, here and elsewhere: `python benchmarks/step.py`.
+
+4 layers, hidden 256, 8 heads, ffn 688, vocab 1,024, seq 256, batch 4, fp32, one process, 2 threads; forward,
+backward, clip of the global norm and AdamW. In turn, in one run:
+
+    busway         the whole trainer: recipe, loop, data, callbacks (metrics.jsonl, TensorBoard)
+    transformers   LlamaForCausalLM in torch eager, sdpa attention; `compile`: the same under torch.compile
+    bare           a MindSpore step around the same native kernels, with MindSpore's autodiff and nothing else
+    stock          a MindSpore step of stock operators
+
+The peers' environment is made beside this file when it is missing (torch 2.13.0, CPU).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from timing import Worker, ratio
+
+HERE = Path(__file__).resolve().parent
+VENV = HERE.parent / ".venv-fixtures"
+ROUNDS, STEPS = 9, 8
+TOKENS = 4 * 256
+THREADS = {name: "2" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+
+
+def peers_python() -> str:
+    """The interpreter that has torch and transformers."""
+    python = VENV / "bin" / "python"
+    requirements = HERE.parent / "tests" / "fixtures" / "requirements.txt"
+    if subprocess.run([python, "-c", "import torch, transformers"], capture_output=True).returncode if python.exists() else 1:
+        print(f"making {VENV} for the peers …", flush=True)
+        subprocess.run([sys.executable, "-m", "venv", VENV], check=True)
+        pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*pip, "-r", requirements], check=True)
+    return str(python)
+
+
+def main() -> None:
+    """Run all workers in turn and print the table and one line of JSON."""
+    torch, ours, steps = peers_python(), sys.executable, HERE / "steps"
+    env = {**os.environ, **THREADS, "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
+    passive = {**env, "OMP_WAIT_POLICY": "passive"}
+    workers = {
+        "busway": Worker("busway", [ours, "-P", str(steps / "busway_step.py")], passive),
+        "transformers": Worker("transformers", [torch, str(steps / "torch_step.py"), "eager"], env),
+        "compile": Worker("compile", [torch, str(steps / "torch_step.py"), "compile"], env),
+        "bare": Worker("bare", [ours, "-P", str(steps / "bare_step.py")], passive),
+        "stock": Worker("stock", [ours, "-P", str(steps / "stock_step.py")], passive),
+    }
+    for _ in range(ROUNDS):
+        for worker in workers.values():
+            worker.run(STEPS)
+    for worker in workers.values():
+        worker.close()
+    speeds = {name: TOKENS / sorted(worker.times)[ROUNDS // 2] for name, worker in workers.items()}
+    ratios = {name: ratio(workers["busway"], workers[name]) for name in workers}
+    print(f"{'step':14}{'tokens/s':>10}{'ms/step':>10}{'busway is':>12}{'loss':>9}")
+    for name, worker in workers.items():
+        times = f"{speeds[name]:>10,.0f}{1e3 * TOKENS / speeds[name]:>10.1f}{ratios[name]:>11.2f}x{worker.value:>9.3f}"
+        print(f"{name:14}{times}")
+    result = {f"{name}_tokens_per_s": round(speed, 1) for name, speed in speeds.items()}
+    result |= {f"ratio_{name}": round(value, 3) for name, value in ratios.items() if name != "busway"}
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+"""The C++ kernels against the plain ones, over odd shapes, in one graph an implementation.
+
+Run as a script it prints a digest of all that the native kernels return: the number of threads must not change it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Parameter, Tensor, nn
+
+from models.kernels import native, plain
+
+SEED = 21
+# Tokens of documents: the first key that each sees restarts at their starts.
+ATTENTION = [  # batch, seq, heads, kv_heads, dim, document length
+    (2, 37, 4, 2, 16, 37),
+    (1, 70, 2, 1, 80, 9),
+    (1, 9, 3, 3, 96, 9),
+    (1, 131, 2, 2, 256, 50),
+    (2, 300, 6, 2, 32, 280),  # longer than a block of keys, a document that starts inside the second one
+    (1, 65, 2, 1, 10, 65),
+    (1, 1, 1, 1, 16, 1),
+]
+NORM = [(5, 7), (33, 96), (1, 256), (70, 80), (300, 19)]
+SWIGLU = [(5, 7), (33, 43), (3, 160)]
+VOCAB = [(5, 11), (3, 4099), (1, 128)]
+EMBEDDING = [(9, 7, 70), (64, 5, 130)]
+SIZES = [(3, 5), (1,), (40000,), (7, 11, 2)]
+BETAS = (0.9, 0.95, 1e-8)
+
+needs_native = pytest.mark.skipif(bool(native.missing()), reason=native.missing())
+
+
+def cases(room, random) -> list[tuple[nn.Cell, list[np.ndarray]]]:
+    """Every kernel of `room` on every shape, with the same inputs for the same seed; they are exact in float32."""
+
+    def draw(*shape):
+        return random.standard_normal(shape).astype(np.float32)
+
+    made = []
+    for batch, seq, heads, kv_heads, dim, document in ATTENTION:
+        turn = np.outer(np.arange(seq), 1 / 10000 ** (np.arange(0, dim, 2) / dim))
+        first = np.tile(np.arange(seq) // document * document, batch).astype(np.int32)
+        qkv, do = draw(batch * seq, (heads + 2 * kv_heads) * dim), draw(batch * seq, heads * dim)
+        rotary = [np.cos(turn).astype(np.float32), np.sin(turn).astype(np.float32)]
+        made.append((AttentionBoth(room.Attention(heads, kv_heads, dim**-0.5)), [do, qkv, *rotary, first]))
+        wq, wk, dy = draw(dim), draw(dim), draw(*qkv.shape)
+        made.append((Both(room.HeadNorm(heads, kv_heads, 1e-5)), [dy, qkv, wq, wk]))
+    for rows, hidden in NORM:
+        made.append((Both(room.RMSNorm(1e-6)), [draw(rows, hidden), draw(rows, hidden), draw(hidden)]))
+    for rows, width in SWIGLU:
+        made.append((Both(room.SwiGLU()), [draw(rows, width), draw(rows, 2 * width) * 4]))
+    for rows, vocab in VOCAB:
+        labels = random.integers(-2, vocab + 2, rows).astype(np.int32)
+        labels[0] = vocab - 1
+        made.append((LossBoth(room.CrossEntropy()), [draw(rows), draw(rows, vocab) * 8, labels]))
+    for rows, vocab, hidden in EMBEDDING:
+        ids = random.integers(-1, vocab + 1, rows).astype(np.int32)
+        ids[0] = 0
+        made.append((EmbeddingBoth(room.Embedding()), [draw(rows, hidden), ids, draw(vocab, hidden)]))
+    made.append((Squares(room.SquareSum()), [draw(*shape) for shape in SIZES]))
+    return made
+
+
+class Both(nn.Cell):
+    def __init__(self, kernel):
+        super().__init__()
+        self.kernel = kernel
+
+    def construct(self, dy, *inputs):
+        return self.kernel.forward(*inputs), self.kernel.backward(*inputs, dy)
+
+
+class AttentionBoth(Both):
+    def construct(self, do, qkv, cos, sin, first_key):
+        o, lse = self.kernel.forward(qkv, cos, sin, first_key)
+        return o, lse, self.kernel.backward(qkv, cos, sin, first_key, o, lse, do)
+
+
+class LossBoth(Both):
+    def construct(self, weight, logits, labels):
+        lse, target = self.kernel.forward(logits, labels)
+        return lse, target, self.kernel.backward(logits, labels, lse, weight)
+
+
+class EmbeddingBoth(Both):
+    def construct(self, dx, ids, table):
+        return self.kernel.forward(ids, table), self.kernel.backward(ids, dx, table)
+
+
+class Squares(Both):
+    def construct(self, *gradients):
+        return self.kernel.forward(gradients)
+
+
+class All(nn.Cell):
+    """One graph for all cases: a graph a case would take a second each to compile."""
+
+    def __init__(self, cells, counts):
+        super().__init__()
+        self.parts = nn.CellList(cells)
+        ends = np.cumsum(counts).tolist()
+        self.spans = tuple((end - count, end) for end, count in zip(ends, counts, strict=True))
+
+    def construct(self, *inputs):
+        results = ()
+        for i, part in enumerate(self.parts):
+            results = results + (part(*inputs[self.spans[i][0] : self.spans[i][1]]),)
+        return results
+
+
+def flat(result) -> list[np.ndarray]:
+    if isinstance(result, Tensor):
+        return [result.asnumpy()]
+    return [array for part in result for array in flat(part)]
+
+
+def run(made, dtype) -> list[list[np.ndarray]]:
+    """What each case returns, as arrays."""
+    ms.set_context(mode=ms.GRAPH_MODE)
+    arrays = [a for _, inputs in made for a in inputs]
+    tensors = [Tensor(a.astype(dtype) if a.dtype == np.float32 else a) for a in arrays]
+    return [flat(result) for result in All([cell for cell, _ in made], [len(i) for _, i in made])(*tensors)]
+
+
+@pytest.fixture(scope="module")
+def expected():
+    print(f"seed {SEED}")
+    return run(cases(plain, np.random.default_rng(SEED)), np.float64)
+
+
+@needs_native
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float64, 1e-12), (np.float32, 1e-5)])
+def test_every_kernel_equals_its_plain_definition_forward_and_backward(expected, dtype, tolerance):
+    made = cases(native, np.random.default_rng(SEED))
+    wrong = []
+    for (cell, inputs), ours, theirs in zip(made, run(made, dtype), expected, strict=True):
+        for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            assert a.dtype == dtype and a.shape == b.shape
+            # A target may be 0 alone; everything else has a largest value.
+            error = np.abs(a - b).max() / max(np.abs(b).max(), 1e-30)
+            if not error <= tolerance:
+                wrong.append(f"{type(cell.kernel).__name__} {[x.shape for x in inputs]} output {i}: {error:.1e}")
+    assert not wrong, "\n".join(wrong)
+
+
+@needs_native
+def test_a_nan_or_an_infinity_in_any_input_comes_out_not_finite():
+    """The loop stops on a loss that is not finite, so no kernel may swallow one."""
+    random = np.random.default_rng(SEED)
+    poisoned, names = [], []
+    for cell, inputs in cases(native, random):
+        for i, value in enumerate(inputs):
+            if value.dtype != np.float32 or value.shape[0] > 64:
+                continue
+            for poison in (np.nan, np.inf):
+                if isinstance(cell.kernel, native.SwiGLU) and poison == np.inf:
+                    continue  # silu(-inf) is 0 in the limit
+                bad = value.copy()
+                bad.flat[0] = poison
+                poisoned.append((cell, [*inputs[:i], bad, *inputs[i + 1 :]]))
+                names.append(f"{type(cell.kernel).__name__} {poison} in input {i} {[x.shape for x in inputs]}")
+    assert len(names) > 40
+    results = run(poisoned, np.float32)
+    finite = [name for name, r in zip(names, results, strict=True) if all(np.isfinite(a).all() for a in r)]
+    assert not finite, "\n".join(finite)
+
+
+class Update(nn.Cell):
+    def __init__(self, kernel, weights, decays):
+        super().__init__()
+        self.kernel, self.decays = kernel, decays
+        self.weights = ms.ParameterTuple([Parameter(Tensor(w), name=f"w{i}") for i, w in enumerate(weights)])
+        self.first, self.second = self.weights.clone("m", "zeros"), self.weights.clone("v", "zeros")
+
+    def construct(self, factor, lr, step, *gradients):
+        return self.kernel.forward(
+            self.weights, self.first, self.second, gradients, self.decays, factor, lr, step
+        )
+
+
+@needs_native
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float64, 1e-12), (np.float32, 1e-6)])
+def test_adamw_writes_weights_and_moments_as_plain_does(dtype, tolerance):
+    print(f"seed {SEED}")
+    random = np.random.default_rng(SEED)
+    weights = [random.standard_normal(shape).astype(dtype) for shape in SIZES]
+    decays = Tensor(np.array([0.1, 0, 0.1, 0.2], dtype))
+    ours, theirs = (Update(room.AdamW(*BETAS), weights, decays) for room in (native, plain))
+    for step in range(1, 4):
+        gradients = [Tensor(random.standard_normal(shape).astype(dtype)) for shape in SIZES]
+        numbers = [Tensor(np.array([x], dtype)) for x in (0.3, 1e-2)]
+        done = [update(*numbers, Tensor([step], ms.int32), *gradients) for update in (ours, theirs)]
+        assert [float(x.asnumpy()[0]) for x in done] == [step, step]
+    for group in ("weights", "first", "second"):
+        for a, b in zip(getattr(ours, group), getattr(theirs, group), strict=True):
+            np.testing.assert_allclose(a.asnumpy(), b.asnumpy(), rtol=0, atol=tolerance * np.abs(b.asnumpy()).max())
+    ours(*numbers, Tensor([4], ms.int32), Tensor(np.full(SIZES[0], np.nan, dtype)), *gradients[1:])
+    assert np.isnan(ours.weights[0].asnumpy()).all() and np.isfinite(ours.weights[2].asnumpy()).all()
+
+
+@needs_native
+def test_the_number_of_threads_does_not_change_a_bit():
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-P", __file__]
+    started = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, "OMP_NUM_THREADS": str(n), "PYTHONPATH": str(root)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for n in (1, 2, 5)
+    ]
+    digests = [process.communicate()[0].split()[-1] for process in started]
+    assert len(digests[0]) == 64 and len(set(digests)) == 1, digests
+
+
+def digest() -> str:
+    total = hashlib.sha256()
+    for dtype in (np.float32, np.float64):
+        for result in run(cases(native, np.random.default_rng(SEED)), dtype):
+            for array in result:
+                total.update(array.tobytes())
+    return total.hexdigest()
+
+
+if __name__ == "__main__":
+    print(digest())

@@ -1,0 +1,215 @@
+"""The plain kernels, which define the others: forward against numpy in float64, backward against MindSpore's own
+gradient of the forward."""
+
+from __future__ import annotations
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Parameter, Tensor, nn, ops
+
+from models.kernels import plain
+
+SEED = 20
+SEQ, BATCH, HEADS, KV_HEADS, DIM = 7, 2, 4, 2, 6
+FIRST_KEY = np.array([0, 0, 0, 2, 2, 5, 5] + [0] * 7, np.int32)  # documents start at 0, 2 (seen late) and 5
+
+
+def tensor(array) -> Tensor:
+    return Tensor(np.ascontiguousarray(array))
+
+
+class Forward(nn.Cell):
+    def __init__(self, kernel, pick=None):
+        super().__init__()
+        self.kernel, self.pick = kernel, pick
+
+    def construct(self, *inputs):
+        y = self.kernel.forward(*inputs)
+        if self.pick == "first":
+            return y[0]
+        if self.pick == "difference":
+            return y[0] - y[1]
+        return y
+
+
+class Compare(nn.Cell):
+    """Forward, hand-written backward and MindSpore's gradient, in one graph."""
+
+    def __init__(self, kernel, pick=None):
+        super().__init__()
+        self.kernel, self.forward_alone = kernel, Forward(kernel, pick)
+        self.gradient = ops.GradOperation(get_all=True, sens_param=True)
+        self.pick = pick
+
+    def construct(self, dy, *inputs):
+        y = self.kernel.forward(*inputs)
+        automatic = self.gradient(self.forward_alone)(*inputs, dy)
+        if self.pick == "first":
+            ours = self.kernel.backward(*inputs, y[0], y[1], dy)
+        elif self.pick == "difference":
+            ours = self.kernel.backward(*inputs, y[0], dy)
+        else:
+            ours = self.kernel.backward(*inputs, dy)
+        return y, ours, automatic
+
+
+class CompareEmbedding(Compare):
+    def construct(self, dy, ids, table):
+        automatic = self.gradient(self.forward_alone)(ids, table, dy)
+        return self.kernel.forward(ids, table), self.kernel.backward(ids, dy, table), automatic
+
+
+@pytest.fixture(scope="module", autouse=True)
+def graph_mode():
+    ms.set_context(mode=ms.GRAPH_MODE)
+    print(f"seed {SEED}")
+
+
+@pytest.fixture
+def random():
+    return np.random.default_rng(SEED).standard_normal
+
+
+def same(actual, expected, tolerance=1e-13):
+    actual = actual.asnumpy() if isinstance(actual, Tensor) else actual
+    expected = expected.asnumpy() if isinstance(expected, Tensor) else expected
+    assert actual.shape == expected.shape
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+
+
+def rms(x, w, eps=1e-6):
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * w
+
+
+def angles():
+    turn = np.outer(np.arange(SEQ), 1 / 10000 ** (np.arange(0, DIM, 2) / DIM))
+    return np.cos(turn), np.sin(turn)
+
+
+def attention(qkv, cos, sin, first_key, scale):
+    """One sequence, head and query at a time. rotate_half as in transformers' modeling_llama.py."""
+
+    def rotate(x, t):
+        half = np.concatenate([-x[DIM // 2 :], x[: DIM // 2]])
+        return x * np.tile(cos[t], 2) + half * np.tile(sin[t], 2)
+
+    x = qkv.reshape(BATCH, SEQ, HEADS + 2 * KV_HEADS, DIM)
+    o, lse = np.zeros((BATCH, SEQ, HEADS, DIM)), np.zeros((BATCH, HEADS, SEQ))
+    for b, h, t in np.ndindex(BATCH, HEADS, SEQ):
+        group = h // (HEADS // KV_HEADS)
+        seen = range(first_key[b * SEQ + t], t + 1)
+        keys = np.array([rotate(x[b, j, HEADS + group], j) for j in seen])
+        score = np.exp(keys @ rotate(x[b, t, h], t) * scale)
+        lse[b, h, t] = np.log(score.sum())
+        o[b, t, h] = score / score.sum() @ x[b, seen, HEADS + KV_HEADS + group]
+    return o.reshape(BATCH * SEQ, -1), lse.reshape(-1)
+
+
+def test_rms_norm_is_the_formula_and_its_gradient(random):
+    x, w, dy = random((6, 8)), random(8), random((6, 8))
+    y, ours, automatic = Compare(plain.RMSNorm(1e-6))(*map(tensor, (dy, x, w)))
+    same(y, rms(x, w))
+    for a, b in zip(ours, automatic, strict=True):
+        same(a, b)
+
+
+def test_head_norm_touches_queries_and_keys_alone(random):
+    x, wq, wk = random((6, 8, DIM)), random(DIM), random(DIM)
+    dy = random((6, 8 * DIM))
+    inputs = map(tensor, (dy, x.reshape(6, -1), wq, wk))
+    y, ours, automatic = Compare(plain.HeadNorm(HEADS, KV_HEADS, 1e-6))(*inputs)
+    same(y, np.concatenate([rms(x[:, :4], wq), rms(x[:, 4:6], wk), x[:, 6:]], 1).reshape(6, -1))
+    for a, b in zip(ours, automatic, strict=True):
+        same(a, b)
+
+
+def test_attention_is_rotary_causal_grouped_and_stays_in_its_document(random):
+    qkv = random((BATCH * SEQ, (HEADS + 2 * KV_HEADS) * DIM))
+    do = random((BATCH * SEQ, HEADS * DIM))
+    cos, sin = angles()
+    kernel = plain.Attention(HEADS, KV_HEADS, 0.3)
+    (o, lse), dqkv, automatic = Compare(kernel, "first")(*map(tensor, (do, qkv, cos, sin, FIRST_KEY)))
+    expected_o, expected_lse = attention(qkv, cos, sin, FIRST_KEY, 0.3)
+    same(o, expected_o)
+    same(lse, expected_lse)
+    same(dqkv, automatic[0])
+
+
+def test_swiglu_gates_with_the_first_half(random):
+    x, dy = random((5, 14)), random((5, 7))
+    y, ours, automatic = Compare(plain.SwiGLU())(tensor(dy), tensor(x))
+    same(y, x[:, :7] / (1 + np.exp(-x[:, :7])) * x[:, 7:])
+    same(ours, automatic[0])
+
+
+def test_cross_entropy_leaves_labels_outside_the_vocabulary_alone(random):
+    logits, weight = random((5, 11)) * 5, random(5)
+    labels = np.array([0, 10, -1, 11, 4], np.int32)
+    kernel = plain.CrossEntropy()
+    (lse, target), ours, automatic = Compare(kernel, "difference")(*map(tensor, (weight, logits, labels)))
+    same(lse, np.log(np.exp(logits).sum(-1)))
+    same(target, np.array([logits[0, 0], logits[1, 10], 0, 0, logits[4, 4]]))
+    same(ours, automatic[0])
+
+
+def test_embedding_gives_zero_rows_outside_the_table_and_adds_repeats(random):
+    table, dy = random((9, 4)), random((5, 4))
+    ids = np.array([0, 3, 3, -1, 9], np.int32)
+    y, ours, automatic = CompareEmbedding(plain.Embedding())(*map(tensor, (dy, ids, table)))
+    same(y, np.stack([table[0], table[3], table[3], np.zeros(4), np.zeros(4)]))
+    same(ours, automatic[1])
+
+
+class Norm(nn.Cell):
+    def __init__(self):
+        super().__init__()
+        self.kernel = plain.SquareSum()
+
+    def construct(self, a, b):
+        return self.kernel.forward((a, b))
+
+
+def test_square_sum_adds_over_all_tensors(random):
+    a, b = random((3, 4)), random(5)
+    same(Norm()(tensor(a), tensor(b)), np.array([(a * a).sum() + (b * b).sum()]))
+
+
+class Update(nn.Cell):
+    """An optimizer step as the trainer makes it: what the kernel returns is all that orders it."""
+
+    def __init__(self, kernel, weights, decays):
+        super().__init__()
+        self.kernel = kernel
+        self.weights = ms.ParameterTuple([Parameter(tensor(w), name=f"w{i}") for i, w in enumerate(weights)])
+        self.first, self.second = self.weights.clone("m", "zeros"), self.weights.clone("v", "zeros")
+        self.decays = tensor(decays)
+
+    def construct(self, factor, lr, step, *gradients):
+        return self.kernel.forward(
+            self.weights, self.first, self.second, gradients, self.decays, factor, lr, step
+        )
+
+
+def adamw(weights, moments, gradients, decays, lr, t, beta1=0.9, beta2=0.999, eps=1e-8):
+    """One step of torch.optim.AdamW (torch/optim/adamw.py, single tensor), in float64."""
+    for i, g in enumerate(gradients):
+        m, v = moments[i]
+        m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
+        moments[i] = m, v
+        denominator = np.sqrt(v) / np.sqrt(1 - beta2**t) + eps
+        weights[i] = weights[i] * (1 - lr * decays[i]) - lr / (1 - beta1**t) * m / denominator
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float64, 1e-14), (np.float32, 1e-6)])
+def test_adamw_makes_torch_s_steps(random, dtype, tolerance):
+    weights, decays = [random((3, 4)), random(5)], np.array([0.1, 0.0])
+    update = Update(plain.AdamW(0.9, 0.999, 1e-8), [w.astype(dtype) for w in weights], decays.astype(dtype))
+    moments = [(0.0, 0.0), (0.0, 0.0)]
+    for t in range(1, 5):
+        gradients = [random((3, 4)), random(5)]
+        numbers = (np.array([x], dtype) for x in (0.5, 1e-2, t))
+        update(*map(tensor, numbers), *(tensor(g.astype(dtype)) for g in gradients))
+        adamw(weights, moments, [0.5 * g for g in gradients], decays, 1e-2, t)
+    for ours, expected in zip(update.weights, weights, strict=True):
+        same(ours.asnumpy(), expected, tolerance)
