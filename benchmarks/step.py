@@ -32,7 +32,11 @@ def peers_python() -> str:
     """The interpreter that has torch and transformers."""
     python = VENV / "bin" / "python"
     requirements = HERE.parent / "tests" / "fixtures" / "requirements.txt"
-    if subprocess.run([python, "-c", "import torch, transformers"], capture_output=True).returncode if python.exists() else 1:
+    if (
+        subprocess.run([python, "-c", "import torch, transformers"], capture_output=True).returncode
+        if python.exists()
+        else 1
+    ):
         print(f"making {VENV} for the peers …", flush=True)
         subprocess.run([sys.executable, "-m", "venv", VENV], check=True)
         pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]

@@ -54,13 +54,10 @@ def attention_block(config: ModelConfig, layer: int, kernels: Kernels, rounding:
     """norm, qkv projection, [q/k-norm], attention, output projection, around a skip connection."""
     specs = {spec.name.split(".", 2)[2]: spec for spec in config.layer_parameters(layer)}
     norm = weights_of([specs["attention_norm.weight"]])
-    projections = [specs[f"attention.{n}_proj.{kind}"] for kind in ("weight", "bias") for n in "qkv"
-                   if f"attention.{n}_proj.{kind}" in specs]  # fmt: skip
-    qkv = weights_of(
-        projections,
-        ("qkv_proj.weight", tuple(f"{n}_proj.weight" for n in "qkv")),
-        ("qkv_proj.bias", tuple(f"{n}_proj.bias" for n in "qkv")),
-    )
+    qkv = []
+    for kind in ("weight", "bias") if config.qkv_bias else ("weight",):
+        parts = tuple(f"{name}_proj.{kind}" for name in "qkv")
+        qkv += weights_of([specs[f"attention.{part}"] for part in parts], (f"qkv_proj.{kind}", parts))
     segments = [Norm(norm, config.norm_eps, kernels), Linear(qkv, rounding)]
     if config.qk_norm:
         heads = weights_of([specs["attention.q_norm.weight"], specs["attention.k_norm.weight"]])

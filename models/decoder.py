@@ -13,7 +13,6 @@ from models.loss import CrossEntropySum
 from models.segments import Chain, Segment
 from models.weights import weights_of
 
-
 MakeLayer = Callable[[ModelConfig, int, Kernels, str], Segment]
 
 

@@ -142,9 +142,7 @@ def _peak_memory_gib() -> float:
     return machine.peak_memory_gib()
 
 
-def _callbacks(
-    recipe: Recipe, rank: int, signal: StopSignal, console: RichConsole, meter: Meter
-) -> list[Callback]:
+def _callbacks(recipe: Recipe, rank: int, signal: StopSignal, console: RichConsole, meter: Meter) -> list[Callback]:
     """In order: what changes the run first, then what reports, the summary last."""
     memory_kind = "allocator peak" if machine.device() == "Ascend" else "peak RSS"
     callbacks: list[Callback] = [Signals(signal), Checkpointer()]

@@ -69,8 +69,9 @@ class Checkpoint:
 
 
 def save(folder: Path, tensors: dict[str, dict[str, np.ndarray]], state: dict[str, Any], keep: int) -> Path:
-    """Write `folder/step-…` for `state["step"]` and drop all but the newest `keep`; its path.
+    """Write `folder/step-…` for `state["step"]` and drop all but it and the `keep` - 1 before it; its path.
 
+    Those past it go too: the run was resumed from an earlier one, and this one supersedes them.
     `tensors` is kind -> parameter name -> value. Raises `MachineError` on a full disk or a read-only folder, and
     then leaves earlier checkpoints as they are.
     """
@@ -91,8 +92,11 @@ def save(folder: Path, tensors: dict[str, dict[str, np.ndarray]], state: dict[st
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
-    for old in _folders(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    folders = _folders(folder)
+    kept = folders[: folders.index(final) + 1][-keep:]
+    for old in folders:
+        if old not in kept:
+            shutil.rmtree(old, ignore_errors=True)
     return final
 
 

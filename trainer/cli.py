@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import traceback
 from importlib.metadata import version
@@ -10,7 +11,7 @@ from importlib.metadata import version
 from models.checks import ConfigError
 from trainer import convert, train
 from trainer.data import commands as data
-from trainer.errors import EXIT_STOPPED_AT_ONCE, BuswayError, exit_code_of
+from trainer.errors import EXIT_DONE, EXIT_STOPPED_AT_ONCE, BuswayError, exit_code_of
 
 EXIT_CODES = """exit codes:
   0    done
@@ -41,12 +42,21 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; its exit code."""
-    args = parser().parse_args(arguments)
+    busway = parser()
+    # argparse takes no positional after an option once the first are taken: `train tiny_dense --cfg job lr=constant`.
+    args, rest = busway.parse_known_args(arguments)
+    if rest and (args.command != "train" or any(word.startswith("-") for word in rest)):
+        busway.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
     try:
         return args.run(args)
     except (ConfigError, BuswayError) as error:
         print(f"busway: {error}", file=sys.stderr)
         return exit_code_of(error)
+    except BrokenPipeError:  # `busway … | head`: the reader has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_DONE
     except KeyboardInterrupt:
         return EXIT_STOPPED_AT_ONCE
     except Exception as error:

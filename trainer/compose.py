@@ -74,14 +74,16 @@ def _topology_file(parsed: list[Override]) -> dict | None:
 
 def _check_known(override: Override) -> None:
     key = override.key_or_group
-    if key in GROUPS:
+    if override.is_sweep_override():
+        raise ConfigError(f"{override.input_line} gives several values; add --multirun to run each, or quote the value")
+    if key in GROUPS and not override.is_delete():
         value = override.value()
         members = sorted(file.stem for file in (PACKAGED / key).glob("*.yaml"))
-        if isinstance(value, str) and value not in members:
-            raise ConfigError(f"{key}={value} is unknown; {nearest(value, members)}")
+        if not isinstance(value, dict) and value not in members:
+            raise ConfigError(f"{key}={value} is unknown; {nearest(str(value), members)}")
     elif key.split(".")[0] == "topology":
         return  # a topology checks its own keys
-    elif key not in {known for known, *_ in recipes.keys()} and not override.is_delete():
+    elif key not in {known for known, *_ in recipes.all_keys()} and not override.is_delete():
         raise ConfigError(recipes.unknown_key(key))
 
 

@@ -106,6 +106,7 @@ class Loop:
             return
         self.status = "not_finite"
         self.event("not_finite", loss=repr(outcome.loss), grad_norm=repr(outcome.grad_norm))
+        self.collectives.world.barrier()  # the first rank to raise ends the others, and rank 0 is still writing
         raise NotFiniteError(
             f"step {self.step}: the loss is {outcome.loss} and the gradient norm {outcome.grad_norm}; the last good "
             "checkpoint stands; resume from it with a smaller optimizer.lr or a longer lr.warmup"

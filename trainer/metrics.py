@@ -77,4 +77,3 @@ def tags(scheme: str, flops_per_token: float, memory_total_gib: float | None) ->
         return curves
     curves = [Tag(key, key) for key in (*ROW[1:], EVAL_LOSS)]
     return curves + [Tag(f"{key}_by_{x}", key, x=x) for key in (LOSS, EVAL_LOSS) for x in (TOKENS, SAMPLES)]
-

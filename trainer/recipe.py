@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from models.checks import ConfigError, check, nearest
 from models.config import ModelConfig
 from parallel import topology
 from parallel.layout import Layout
-from trainer.data.settings import DataSettings
+from trainer.data.settings import DataSettings, Source
 from trainer.launch.settings import LauncherSettings
 from trainer.settings import (
     CheckpointSettings,
@@ -76,8 +76,8 @@ def typed(config: DictConfig) -> Recipe:
         raise ConfigError(f"{_key(error)} is missing; set {_key(error)}=…") from error
     except ConfigKeyError as error:
         raise ConfigError(unknown_key(_key(error))) from error
-    except (ValidationError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{_key(error)}: {_sentence(error)}; {REFERENCE}") from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{_wrong_value(error, config)}; {REFERENCE}") from error
     return recipe
 
 
@@ -89,23 +89,25 @@ def resolved(recipe: Recipe) -> str:
 def unknown_key(key: str) -> str:
     """What to say of a key that no section has: the nearest known one of its section, or of all."""
     section = key.rpartition(".")[0]
-    known = [known for known, *_ in keys()]
+    known = [known for known, *_ in all_keys()]
     siblings = [k for k in known if k.startswith(section + ".")] if section else []
     return f"unknown key {key}; {nearest(key, siblings or known, REFERENCE)}"
 
 
-def keys(cls: type = Recipe, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
+def all_keys(cls: type = Recipe, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
     """(key, type, default, what it means) of every key, in order, read from the dataclasses and their docstrings."""
     documents = _field_documents(cls)
     hints = typing.get_type_hints(cls)
     for entry in dataclasses.fields(cls):
         key, hint = prefix + entry.name, hints[entry.name]
         if dataclasses.is_dataclass(hint):
-            yield from keys(hint, key + ".")
+            yield from all_keys(hint, key + ".")
         elif entry.name == "topology":
             yield key, "group or file", "", "The machine as levels; see docs/topology.md."
         else:
             yield key, _type_name(hint), _default(entry), documents[entry.name]
+            if typing.get_origin(hint) is list and dataclasses.is_dataclass(typing.get_args(hint)[0]):
+                yield from all_keys(typing.get_args(hint)[0], key + "[].")
 
 
 def _default(entry: dataclasses.Field) -> str:
@@ -138,8 +140,13 @@ def _field_documents(cls: type) -> dict[str, str]:
 
 
 def _key(error: OmegaConfBaseException) -> str:
-    return str(error.full_key or error.key or "recipe")
+    key = str(error.full_key or error.key or "recipe")
+    return f"data.sources[].{key}" if error.object_type is Source else key  # OmegaConf names it within its list alone
 
 
-def _sentence(error: Exception) -> str:
-    return str(error).split("\n")[0].rstrip(".")
+def _wrong_value(error: OmegaConfBaseException, config: DictConfig) -> str:
+    key = _key(error)
+    kind = next((kind for known, kind, *_ in all_keys() if known == key), None)
+    if kind is None or "[" in key:
+        return f"{key}: {str(error).splitlines()[0].rstrip('.')}"
+    return f"{key} must be of type {kind}, but is {OmegaConf.select(config, key)!r}"

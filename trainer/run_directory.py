@@ -1,14 +1,14 @@
 """The run directory: its name, what lies in it, and whether a run may go on in it.
 
-    recipe.yaml       the resolved recipe            metrics.jsonl   a row a logged step
-    plan.yaml         layout and placement           tb/             TensorBoard's event files
-    summary.json      how the run went               checkpoints/    step-00000010, …
-    logs/             rank-0000.log, …
+- recipe.yaml: the resolved recipe; plan.yaml: layout and placement; summary.json: how the run went
+- metrics.jsonl: a row a logged step; tb/: TensorBoard's event files; logs/: rank-0000.log, …
+- checkpoints/: step-00000010, …
 """
 
 from __future__ import annotations
 
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from models.checks import ConfigError
+from trainer.errors import MachineError
 from trainer.machine import writing_to
 from trainer.recipe import Recipe, resolved
 
@@ -24,6 +25,9 @@ MAY_CHANGE = (
     "train.out", "train.kernels", "layout", "topology", "launcher", "checkpoint", "metrics",
 )  # fmt: skip
 """Keys in which a resumed run's recipe may differ from the one that began it."""
+
+WAIT_SECONDS = 60.0
+"""How much later than this rank rank 0 may make the run directory."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,28 @@ class RunDirectory:
         with writing_to(self.path):
             for folder in (self.tensorboard, self.checkpoints, self.logs):
                 folder.mkdir(parents=True, exist_ok=True)
-            self.recipe.write_text(resolved(recipe))
+            unfinished = self.recipe.with_suffix(".unfinished")
+            unfinished.write_text(resolved(recipe))
+            unfinished.replace(self.recipe)
+
+    def wait_for(self, recipe: Recipe, seconds: float = WAIT_SECONDS) -> None:
+        """Wait until rank 0, on another node perhaps, has made this directory for `recipe`.
+
+        Raises `MachineError` where that takes longer: rank 0 writes elsewhere, or runs another recipe.
+        """
+        end = time.monotonic() + seconds
+        while not (self.recipe.is_file() and not _differing(self, recipe, ("launcher",))):
+            if time.monotonic() > end:
+                raise MachineError(
+                    f"rank 0 has not made {self.path} for this recipe within {seconds:.0f} s; set train.out to a "
+                    "folder that all nodes share, and start all with the same recipe"
+                )
+            time.sleep(0.1)
+
+
+def named(recipe: Recipe) -> RunDirectory:
+    """The directory of a run that has a name."""
+    return RunDirectory(Path(recipe.train.out).expanduser() / recipe.train.name)
 
 
 def choose(recipe: Recipe, name: str) -> RunDirectory:
@@ -92,7 +117,7 @@ def choose(recipe: Recipe, name: str) -> RunDirectory:
     out = Path(recipe.train.out).expanduser()
     numbers = _numbers(out, name)
     if recipe.train.name is not None:
-        run = RunDirectory(out / recipe.train.name)
+        run = named(recipe)
     elif recipe.checkpoint.resume == "auto" and numbers:
         run = RunDirectory(out / f"{name}-{max(numbers)}")
     else:
@@ -116,20 +141,20 @@ def _check_may_resume(run: RunDirectory, recipe: Recipe) -> None:
         )
     if not run.recipe.is_file():
         raise ConfigError(f"{run.path} is not a run directory, as it holds no recipe.yaml; choose another train.name")
-    old = _flat(yaml.safe_load(run.recipe.read_text()))
-    new = _flat(yaml.safe_load(resolved(recipe)))
-    differing = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key) and not _may_change(key)]
-    if differing:
-        key = differing[0]
+    if differing := _differing(run, recipe, MAY_CHANGE):
+        key, (old, new) = next(iter(differing.items()))
         more = f" (and {len(differing) - 1} more keys)" if len(differing) > 1 else ""
         raise ConfigError(
-            f"{run.path} holds another recipe's run: {key} was {old.get(key)}, but is {new.get(key)}{more}; "
+            f"{run.path} holds another recipe's run: {key} was {old}, but is {new}{more}; "
             "choose another train.name, or resume with the recipe that began it"
         )
 
 
-def _may_change(key: str) -> bool:
-    return any(key == allowed or key.startswith(allowed + ".") for allowed in MAY_CHANGE)
+def _differing(run: RunDirectory, recipe: Recipe, but: tuple[str, ...]) -> dict[str, tuple[object, object]]:
+    """Key -> (value in the directory, value in `recipe`) where they differ, the keys and sections of `but` left out."""
+    old, new = _flat(yaml.safe_load(run.recipe.read_text())), _flat(yaml.safe_load(resolved(recipe)))
+    differing = {key: (old.get(key), new.get(key)) for key in sorted({*old, *new}) if old.get(key) != new.get(key)}
+    return {key: pair for key, pair in differing.items() if not f"{key}.".startswith(tuple(f"{b}." for b in but))}
 
 
 def _flat(tree: dict, prefix: str = "") -> dict[str, object]:

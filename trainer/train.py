@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
 from models.checks import ConfigError
+from models.config import ModelConfig
 from trainer import launch, machine, run_directory
 from trainer.compose import BUILT_IN, Composed, compose_recipe, known_recipes, sweep
 from trainer.data import prepare
 from trainer.errors import EXIT_DONE, InputError
-from trainer.recipe import Recipe, keys
-from trainer.run_directory import RunDirectory
+from trainer.recipe import Recipe, all_keys
 
 ITEM_BYTES = {"fp32": 4, "bf16": 4, "fp64": 8}
 
@@ -35,7 +35,8 @@ def register(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command; the exit code."""
     if args.help_keys:
-        print(key_reference())
+        for key, kind, default, meaning in all_keys():
+            print(f"{key}  ({kind}, {default})" if default else f"{key}  ({kind})", f"    {meaning}", sep="\n")
         return EXIT_DONE
     name, overrides = args.recipe, args.overrides
     if "=" in name or name[:1] in "~+":
@@ -67,13 +68,17 @@ def train(recipe: Recipe, name: str) -> int:
     _check_start(recipe)
     if kind == "none":
         return _be_a_rank(recipe, name)
-    run = run_directory.choose(recipe, name)
+    cluster = launch.resolve(recipe.launcher, os.environ) if kind == "msrun" else None
+    if cluster and cluster.nodes > 1:
+        _check_named(recipe, f"{cluster.nodes} nodes")
+    first = cluster is None or cluster.node_rank == 0
+    run = run_directory.choose(recipe, name) if first else run_directory.named(recipe)
     start = launch.compose(recipe.launcher, ranks, run.path, device)
-    if start.nodes > 1:
-        _check_named(recipe, f"{start.nodes} nodes")
     _check_memory(recipe, len(start.ranks))
-    if 0 in start.ranks:
+    if first:
         run.create(recipe)
+    else:
+        run.wait_for(recipe)
     prepare.prepare(recipe.data, recipe.model.vocab, recipe.data.seq_len, lambda line: print(line, flush=True))
     return launch.supervise(start)
 
@@ -96,9 +101,8 @@ def _be_a_rank(recipe: Recipe, name: str) -> int:
         _check_memory(recipe, 1)
         run.create(recipe)
     else:
-        run = RunDirectory(Path(recipe.train.out).expanduser() / recipe.train.name)
-        with machine.writing_to(run.path):
-            run.logs.mkdir(parents=True, exist_ok=True)
+        run = run_directory.named(recipe)
+        run.wait_for(recipe)
     os.environ.update(launch.rank_environment(os.environ, size, len(os.sched_getaffinity(0)), machine.device()))
     from trainer.worker import work
 
@@ -118,15 +122,19 @@ def _check_start(recipe: Recipe) -> None:
     if init_from:
         from trainer.convert import read_weights
 
-        theirs, ours = read_weights(init_from).config.parameters(), recipe.model.parameters()
-        shapes = {spec.name: spec.shape for spec in theirs}
-        for spec in ours:
-            if shapes.get(spec.name) != spec.shape:
-                has = f"has it as {list(shapes[spec.name])}" if spec.name in shapes else "lacks it"
+        theirs, ours = (_function_of(config) for config in (read_weights(init_from).config, recipe.model))
+        for key, value in ours.items():
+            if theirs[key] != value:
                 raise InputError(
-                    f"checkpoint.init_from={init_from}: the model needs {spec.name} {list(spec.shape)}, but the folder "
-                    f"{has}; set the model's shapes to those of the weights"
+                    f"checkpoint.init_from={init_from}: its model has {key} {theirs[key]}, but model.{key} is {value}; "
+                    f"set the model's keys to those of the weights"
                 )
+
+
+def _function_of(model: ModelConfig) -> dict[str, object]:
+    """What two models must share to compute the same function."""
+    shared = asdict(model) | {"head_dim": model.head_width}
+    return {key: value for key, value in shared.items() if key not in ("max_length", "init_std")}
 
 
 def _check_memory(recipe: Recipe, local_ranks: int) -> None:
@@ -144,9 +152,12 @@ def _check_memory(recipe: Recipe, local_ranks: int) -> None:
 
 
 def key_reference() -> str:
-    """Every key as a Markdown table, made from the dataclasses (docs/keys.md is this text)."""
-    lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
-    lines += [f"| `{key}` | {kind} | {default} | {meaning} |" for key, kind, default, meaning in keys()]
+    """docs/keys.md: every key as a Markdown table, made from the dataclasses."""
+    lines = ["# Keys of a recipe", "", "Made from the dataclasses by `python -m trainer.train > docs/keys.md`.", ""]
+    lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
+    lines += [f"| `{key}` | {kind} | {default} | {meaning} |" for key, kind, default, meaning in all_keys()]
     return "\n".join(lines)
 
 
+if __name__ == "__main__":
+    print(key_reference())

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from trainer.errors import EXIT_DONE, Stopped, exit_code_of
-from trainer.launch import rank as ranks
+from trainer.errors import EXIT_DONE, Stopped
 from trainer.launch import is_scheduler, world_from_environment
+from trainer.launch import rank as ranks
 from trainer.recipe import Recipe
 from trainer.run_directory import RunDirectory, load_recipe
 

@@ -89,7 +89,12 @@ class Linear(nn.Cell):
 class Layer(nn.Cell):
     def __init__(self):
         super().__init__()
-        self.norm1, self.qkv, self.attention, self.o = Norm(), Linear(HIDDEN, 3 * HIDDEN), Attention(), Linear(HIDDEN, HIDDEN)
+        self.norm1, self.qkv, self.attention, self.o = (
+            Norm(),
+            Linear(HIDDEN, 3 * HIDDEN),
+            Attention(),
+            Linear(HIDDEN, HIDDEN),
+        )
         self.norm2, self.up, self.swiglu, self.down = Norm(), Linear(HIDDEN, 2 * FFN), SwiGLU(), Linear(FFN, HIDDEN)
 
     def construct(self, x):
@@ -130,9 +135,7 @@ class Step(nn.Cell):
         loss = self.model(tokens, labels)
         gradients = self.gradient(self.model, self.weights)(tokens, labels)
         factor = ops.minimum(1.0, 1.0 / (ops.sqrt(self.square_sum.forward(gradients)) + 1e-6))
-        done = self.adamw.forward(
-            self.weights, self.first, self.second, gradients, self.decays, factor, lr, number
-        )
+        done = self.adamw.forward(self.weights, self.first, self.second, gradients, self.decays, factor, lr, number)
         return ops.depend(loss, done)
 
 

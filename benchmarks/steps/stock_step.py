@@ -32,7 +32,11 @@ class Attention(nn.Cell):
         super().__init__()
         self.qkv, self.o = weight(3 * HIDDEN, HIDDEN), weight(HIDDEN, HIDDEN)
         self.cos, self.sin, self.mask = COS, SIN, MASK
-        self.linear, self.scores, self.mix = ops.MatMul(transpose_b=True), ops.BatchMatMul(transpose_b=True), ops.BatchMatMul()
+        self.linear, self.scores, self.mix = (
+            ops.MatMul(transpose_b=True),
+            ops.BatchMatMul(transpose_b=True),
+            ops.BatchMatMul(),
+        )
 
     def rotate(self, x):
         a, b = x[..., : WIDTH // 2], x[..., WIDTH // 2 :]

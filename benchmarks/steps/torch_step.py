@@ -10,9 +10,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 torch.set_num_threads(2)
 torch.manual_seed(0)
 config = LlamaConfig(
-    hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=8,
-    vocab_size=1024, max_position_embeddings=256, tie_word_embeddings=False, attn_implementation="sdpa", use_cache=False,
-)  # fmt: skip
+    hidden_size=256,
+    intermediate_size=688,
+    num_hidden_layers=4,
+    num_attention_heads=8,
+    num_key_value_heads=8,
+    vocab_size=1024,
+    max_position_embeddings=256,
+    tie_word_embeddings=False,
+    attn_implementation="sdpa",
+    use_cache=False,
+)
 model = LlamaForCausalLM(config)
 run = torch.compile(model) if sys.argv[1] == "compile" else model
 matrices = [p for p in model.parameters() if p.ndim > 1]

@@ -1,3 +1,176 @@
-"""placeholder while it is written"""
-def missing(name, precision) -> str:
-    return "no fused operator"
+"""The kernels as fused operators of Ascend devices, from `mindspore.ops.auto_generate` of MindSpore 2.10.
+
+Signatures and layouts are those of the installed package; tests compare every call with them, on stand-ins. **None of
+this has been run on a device.** A kernel without a class here (`CrossEntropy`, `Embedding`, `SquareSum`) has no fused
+operator that takes ids outside a rank's slice or a list of tensors, and stays plain.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from mindspore import dtype as mstype
+from mindspore import nn, ops
+from mindspore.ops import auto_generate
+
+from models.kernels import plain
+
+_WHOLE_SEQUENCE = 2147483647  # the operators' own default of "no limit"
+
+
+def missing(name: str, precision: str) -> str:
+    """Why kernel `name` has no fused form in this MindSpore at this precision; empty when it has one."""
+    kernel = globals().get(name)
+    if kernel is None:
+        return "no fused operator"
+    if precision not in kernel.PRECISIONS:
+        return f"the fused operator takes {' or '.join(kernel.PRECISIONS)}"
+    absent = [operator for operator in kernel.OPERATORS if not hasattr(auto_generate, operator)]
+    return f"this MindSpore has no {', '.join(absent)}" if absent else ""
+
+
+class RMSNorm(nn.Cell):
+    """`RmsNorm(epsilon)(x, gamma) -> (y, rstd)`, `RmsNormGrad()(dy, x, rstd, gamma) -> (dx, dgamma float32)`.
+
+    rstd is computed again in the backward, so that a norm saves its input alone as everywhere else.
+    """
+
+    OPERATORS = ("RmsNorm", "RmsNormGrad")
+    PRECISIONS = ("fp32", "bf16")
+
+    def __init__(self, eps: float) -> None:
+        super().__init__(auto_prefix=False)
+        self.norm = auto_generate.RmsNorm(eps)
+        self.norm_grad = auto_generate.RmsNormGrad()
+
+    def forward(self, x, w):
+        return self.norm(x, ops.cast(w, x.dtype))[0]
+
+    def backward(self, x, w, dy):
+        gamma = ops.cast(w, x.dtype)
+        rstd = self.norm(x, gamma)[1]
+        dx, dw = self.norm_grad(dy, x, rstd, gamma)
+        return dx, ops.cast(dw, w.dtype)
+
+
+class HeadNorm(plain.HeadNorm):
+    """`RMSNorm` above over the heads of q and k."""
+
+    OPERATORS = RMSNorm.OPERATORS
+    PRECISIONS = RMSNorm.PRECISIONS
+
+    def __init__(self, heads: int, kv_heads: int, eps: float) -> None:
+        super().__init__(heads, kv_heads, eps)
+        self.norm = RMSNorm(eps)
+
+
+class Attention(nn.Cell):
+    """`RotaryPositionEmbedding()(x, cos, sin, mode)` with mode 0 (rotate_half), x [B, S, heads, D], cos [1, S, 1, D];
+    `FlashAttentionScore(...)(query, key, value, real_shift, drop_mask, padding_mask, attn_mask, ...) -> (softmax_max,
+    softmax_sum, softmax_out, attention_out)` and `FlashAttentionScoreGrad(...)(query, key, value, dy, pse_shift,
+    drop_mask, padding_mask, atten_mask, softmax_max, softmax_sum, softmax_in, attention_in, ...) -> (dq, dk, dv, dpse)`
+    in layout BSND.
+
+    Rotary runs in fp32 (bf16 keeps too few digits of an angle), attention in bf16. The mask is whole, one byte a pair
+    of tokens, because first keys are data; next_tokens 0 lets the operator skip what is above the diagonal. The
+    gradient takes exp(s - softmax_max) / softmax_sum, so the saved log-sum-exp serves as a maximum beside a sum of 1.
+    """
+
+    OPERATORS = ("RotaryPositionEmbedding", "FlashAttentionScore", "FlashAttentionScoreGrad")
+    PRECISIONS = ("bf16",)
+
+    def __init__(self, heads: int, kv_heads: int, scale: float) -> None:
+        super().__init__(auto_prefix=False)
+        self.heads, self.kv_heads = heads, kv_heads
+        # head_num, keep_prob, scale_value, pre_tokens, next_tokens, inner_precise, input_layout, sparse_mode
+        settings = (heads, 1.0, scale, _WHOLE_SEQUENCE, 0, 0, "BSND", 0)
+        self.rotary = auto_generate.RotaryPositionEmbedding()
+        self.attend = auto_generate.FlashAttentionScore(*settings)
+        self.attend_grad = auto_generate.FlashAttentionScoreGrad(*settings)
+
+    def forward(self, qkv, cos, sin, first_key):
+        q, k, v = self.split(qkv, cos, sin)
+        top, total, _, o = self.attend(q, k, v, None, None, None, self.hidden(first_key, cos.shape[0]))
+        lse = (top + ops.log(total))[..., 0]
+        return ops.cast(o, qkv.dtype).reshape(qkv.shape[0], -1), ops.cast(lse, qkv.dtype).reshape(-1)
+
+    def backward(self, qkv, cos, sin, first_key, o, lse, do):
+        q, k, v = self.split(qkv, cos, sin)
+        top = ops.cast(lse, mstype.float32).reshape(q.shape[0], self.heads, q.shape[1], 1)
+        top = ops.broadcast_to(top, top.shape[:3] + (8,))  # the operator keeps eight copies of each row's number
+        hidden = self.hidden(first_key, cos.shape[0])
+        dy, y = ops.cast(do, q.dtype).reshape(q.shape), ops.cast(o, q.dtype).reshape(q.shape)
+        dq, dk, dv, _ = self.attend_grad(q, k, v, dy, None, None, None, hidden, top, ops.ones_like(top), None, y)
+        dq, dk = self.turn(dq, cos, -sin), self.turn(dk, cos, -sin)
+        dqkv = ops.concat((dq, dk, ops.cast(dv, mstype.float32)), 2)
+        return ops.cast(dqkv, qkv.dtype).reshape(qkv.shape)
+
+    def split(self, qkv, cos, sin):
+        """-> q, k turned, v as bf16 [B, S, heads, D]."""
+        seq = cos.shape[0]
+        x = qkv.reshape(qkv.shape[0] // seq, seq, self.heads + 2 * self.kv_heads, -1)
+        first_v = self.heads + self.kv_heads
+        q, k = self.turn(x[:, :, : self.heads], cos, sin), self.turn(x[:, :, self.heads : first_v], cos, sin)
+        return ops.cast(q, mstype.bfloat16), ops.cast(k, mstype.bfloat16), ops.cast(x[:, :, first_v:], mstype.bfloat16)
+
+    def turn(self, x, cos, sin):
+        whole = (1, cos.shape[0], 1, 2 * cos.shape[1])
+        cos = ops.cast(ops.concat((cos, cos), 1), mstype.float32).reshape(whole)
+        sin = ops.cast(ops.concat((sin, sin), 1), mstype.float32).reshape(whole)
+        return self.rotary(ops.cast(x, mstype.float32), cos, sin, 0)
+
+    def hidden(self, first_key, seq):
+        """[B, 1, S, S] uint8, 1 where query t must not see key j."""
+        key = ops.arange(0, seq).astype(mstype.int32).reshape(1, 1, seq)
+        before = key < first_key.reshape(-1, seq, 1)
+        return ops.cast(ops.logical_or(before, key > key.reshape(1, seq, 1)), mstype.uint8).reshape(-1, 1, seq, seq)
+
+
+class SwiGLU(nn.Cell):
+    """`Swiglu()(input, dim)`, `SwigluGrad()(grad_output, input, dim)`: the first half gates."""
+
+    OPERATORS = ("Swiglu", "SwigluGrad")
+    PRECISIONS = ("fp32", "bf16")
+
+    def __init__(self) -> None:
+        super().__init__(auto_prefix=False)
+        self.gate = auto_generate.Swiglu()
+        self.gate_grad = auto_generate.SwigluGrad()
+
+    def forward(self, gate_up):
+        return self.gate(gate_up, -1)
+
+    def backward(self, gate_up, dy):
+        return self.gate_grad(dy, gate_up, -1)
+
+
+class AdamW(plain.AdamW):
+    """`AdamWeightDecay()(var, m, v, lr, beta1, beta2, epsilon, decay, gradient)`, which corrects no bias:
+    w -= lr (m / (sqrt(v) + epsilon) + decay w). With c1 = 1 - beta1^t and r2 = sqrt(1 - beta2^t), torch's step is
+    lr r2 / c1, epsilon r2 and decay c1 / r2. (`AdamW` of the same module corrects it but takes lr as a number, and a
+    number that changes is compiled again.)
+    """
+
+    OPERATORS = ("AdamWeightDecay",)
+    PRECISIONS = ("fp32", "bf16")
+
+    def __init__(self, beta1: float, beta2: float, eps: float) -> None:
+        super().__init__(beta1, beta2, eps)
+        self.update = auto_generate.AdamWeightDecay()
+        # The operator takes 1 - beta in fp32, 1.3e-5 off for 0.999. Corrections by the rounded beta cancel that.
+        self.log1, self.log2 = (plain.constant(math.log(np.float32(beta))) for beta in (beta1, beta2))
+
+    def forward(self, weights, first, second, gradients, decays, factor, lr, step):
+        dtype = mstype.float32
+        done, step = step, ops.cast(step, dtype).reshape(())
+        correct1 = -ops.expm1(step * ops.cast(self.log1, dtype))
+        root2 = ops.sqrt(-ops.expm1(step * ops.cast(self.log2, dtype)))
+        rate = ops.cast(lr, dtype).reshape(()) * root2 / correct1
+        beta1, beta2, eps = ops.cast(self.beta1, dtype), ops.cast(self.beta2, dtype), ops.cast(self.eps, dtype) * root2
+        for i in range(len(gradients)):
+            decay = ops.cast(decays[i], dtype) * correct1 / root2
+            g = gradients[i] * ops.cast(factor, dtype)
+            updated = self.update(weights[i], first[i], second[i], rate, beta1, beta2, eps, decay, g)
+            done = ops.depend(done, updated)
+        return done

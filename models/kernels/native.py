@@ -191,7 +191,7 @@ class AdamW(nn.Cell):
     def __init__(self, beta1: float, beta2: float, eps: float) -> None:
         super().__init__(auto_prefix=False)
         self.hyper = Tensor([beta1, beta2, eps], mstype.float64)
-        self.run = _operator("adamw", (1,), mstype.float32)
+        self.run = _operator("adamw", (1,), _second)
 
     def forward(self, weights, first, second, gradients, decays, factor, lr, step):
         return self.run(self.hyper, decays, factor, lr, step, *weights, *first, *second, *gradients)

@@ -186,9 +186,7 @@ class Update(nn.Cell):
         self.decays = tensor(decays)
 
     def construct(self, factor, lr, step, *gradients):
-        return self.kernel.forward(
-            self.weights, self.first, self.second, gradients, self.decays, factor, lr, step
-        )
+        return self.kernel.forward(self.weights, self.first, self.second, gradients, self.decays, factor, lr, step)
 
 
 def adamw(weights, moments, gradients, decays, lr, t, beta1=0.9, beta2=0.999, eps=1e-8):

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Checkpointer(Callback):
-    """Rank 0 writes, as all ranks hold the same weights; others wait for it, so that nobody runs ahead into an abort."""
+    """Rank 0 writes, as all ranks hold the same weights; the others wait, so that its error finds nobody far ahead."""
 
     def __init__(self) -> None:
         self.saved_step: int | None = None

@@ -27,7 +27,13 @@ class Console(Callback):
         """Starts the bar."""
         self.say(f"training starts at step {loop.step + 1}")
         if self.console.is_terminal:
-            columns = (TextColumn("steps"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+            columns = (
+                TextColumn("steps"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+            )
             self.progress = Progress(*columns, console=self.console, transient=True)
             self.bar = self.progress.add_task("steps", total=loop.last_step, completed=loop.step)
             self.progress.start()
@@ -54,7 +60,9 @@ class Console(Callback):
         """Takes the bar away and says where the results are."""
         if self.progress:
             self.progress.stop()
-        if loop.status == "done":
+        if loop.status == "stopped":
+            self.say(f"stopped after step {loop.step}, which is saved; go on with checkpoint.resume=auto")
+        else:
             self.say(f"done after step {loop.step}; results are in {loop.run}")
 
     def say(self, text: str) -> None:

@@ -61,39 +61,54 @@ def drop_rows_after(path: Path, step: int) -> None:
 
 
 class TensorBoard(Callback):
-    """Scalars under the names of `metrics.tags`. A purge step makes a resumed run supersede what it repeats."""
+    """Scalars under the names of `metrics.tags`. A purge step makes a resumed run supersede what it repeats.
+
+    TensorBoard purges all curves of a folder by one number, so each x axis has a folder: steps `tb` itself, tokens
+    and samples one below it.
+    """
 
     def __init__(self, tags: list[metrics.Tag], batch_size: int) -> None:
         self.tags = tags
         self.batch_size = batch_size
-        self.counts = {metrics.TOKENS: 0, metrics.SAMPLES: 0}
+        self.writers: dict[str, EventFileWriter] = {}
 
     def on_start(self, loop: Loop) -> None:
-        """Opens a new event file, which purges what earlier ones hold from the next step on."""
+        """Opens new event files, which purge what earlier ones hold past the resumed step."""
+        session = SessionLog(status=SessionLog.START)
         with writing_to(loop.run.tensorboard):
-            self.writer = EventFileWriter(str(loop.run.tensorboard))
-        if loop.step:
-            session = SessionLog(status=SessionLog.START)
-            self.writer.add_event(Event(wall_time=time.time(), step=loop.step + 1, session_log=session))
+            for x, done in _places(loop).items():
+                folder = loop.run.tensorboard if x == metrics.STEP else loop.run.tensorboard / x
+                if any(tag.x == x for tag in self.tags):
+                    self.writers[x] = EventFileWriter(str(folder))
+                    self.writers[x].add_event(Event(wall_time=time.time(), step=done + 1, session_log=session))
 
     def on_row(self, loop: Loop, row: Row) -> None:
-        """One scalar a curve whose value the row has."""
-        self.counts |= {key: row[key] for key in self.counts if key in row}
-        values = self.counts | row | {metrics.BATCH_SIZE: self.batch_size}
-        if metrics.STEP_S in row:
+        """A scalar for each curve whose value the row has, on disk at once: a killed run keeps its curves."""
+        values = dict(row)
+        if metrics.LOSS in row:
+            values[metrics.BATCH_SIZE] = self.batch_size
             values[metrics.DATA_SHARE] = row[metrics.DATA_WAIT_S] / row[metrics.STEP_S]
-        for tag in self.tags:
-            if tag.key in row or (metrics.LOSS in row and values.get(tag.key) is not None):
-                if values[tag.key] is not None:
-                    self._scalar(tag.name, values[tag.key] * tag.factor, values[tag.x])
+        places = _places(loop)
+        with writing_to(loop.run.tensorboard):
+            for x, writer in self.writers.items():
+                scalars = [
+                    Summary.Value(tag=tag.name, simple_value=values[tag.key] * tag.factor)
+                    for tag in self.tags
+                    if tag.x == x and values.get(tag.key) is not None
+                ]
+                writer.add_event(Event(wall_time=time.time(), step=places[x], summary=Summary(value=scalars)))
+                writer.flush()
 
     on_evaluation = on_row
 
     def on_end(self, loop: Loop) -> None:
-        """Flushes and closes."""
+        """Closes the files."""
         with writing_to(loop.run.tensorboard):
-            self.writer.close()
+            for writer in self.writers.values():
+                writer.close()
 
-    def _scalar(self, name: str, value: float, step: int) -> None:
-        summary = Summary(value=[Summary.Value(tag=name, simple_value=value)])
-        self.writer.add_event(Event(wall_time=time.time(), step=int(step), summary=summary))
+
+def _places(loop: Loop) -> dict[str, int]:
+    """Where the run stands on each x axis."""
+    samples = loop.loader.consumed
+    return {metrics.STEP: loop.step, metrics.TOKENS: samples * loop.meter.seq_len, metrics.SAMPLES: samples}

@@ -129,7 +129,8 @@ struct Forward {
 
   void load_keys(int64_t b, int64_t kv_head) {
     const int64_t h = shape.heads + kv_head;
-    for (int64_t t = 0; t < shape.seq; ++t) shape.rotate(shape.qkv + shape.projection(b, t, h), t, 1, 1, row(values, t));
+    for (int64_t t = 0; t < shape.seq; ++t)
+      shape.rotate(shape.qkv + shape.projection(b, t, h), t, 1, 1, row(values, t));
     transpose(shape, values, keys);
     for (int64_t t = 0; t < shape.seq; ++t)
       copy_row(shape.qkv + shape.projection(b, t, h + shape.kv_heads), shape.dim, row(values, t));
@@ -344,5 +345,5 @@ void attention_backward(const Call& call) {
 
 }  // namespace busway
 
-BUSWAY_OPERATOR(busway_attention, attention, 0)
-BUSWAY_OPERATOR(busway_attention_backward, attention_backward, 0)
+BUSWAY_OPERATOR(busway_attention, attention, "rrrin")
+BUSWAY_OPERATOR(busway_attention_backward, attention_backward, "rrrirrrn")

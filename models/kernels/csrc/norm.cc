@@ -116,7 +116,7 @@ void head_norm_backward(const Call& call) {
 
 }  // namespace busway
 
-BUSWAY_OPERATOR(busway_rms_norm, rms_norm, 0)
-BUSWAY_OPERATOR(busway_rms_norm_backward, rms_norm_backward, 0)
-BUSWAY_OPERATOR(busway_head_norm, head_norm, 0)
-BUSWAY_OPERATOR(busway_head_norm_backward, head_norm_backward, 0)
+BUSWAY_OPERATOR(busway_rms_norm, rms_norm, "rrn")
+BUSWAY_OPERATOR(busway_rms_norm_backward, rms_norm_backward, "rrrn")
+BUSWAY_OPERATOR(busway_head_norm, head_norm, "rrrin")
+BUSWAY_OPERATOR(busway_head_norm_backward, head_norm_backward, "rrrrin")

@@ -82,16 +82,33 @@ void add_blocks(const Real* partial, int64_t blocks, int64_t n, Real* out) {
   }
 }
 
-// Runs body(float()) or body(double()) by the dtype of tensor `typed`.
+// Whether tensors have the dtypes that `types` lists: r the kernel's own (Real), i int32, d float64, n any number;
+// those past its end are r. A wrong one would be read as rubbish, in silence.
+inline bool dtypes_fit(const char* name, const Call& call, const char* types, const char* real) {
+  const int listed = static_cast<int>(std::strlen(types));
+  for (int i = 0; i < call.count; ++i) {
+    const char type = i < listed ? types[i] : 'r';
+    if (type == 'n') continue;
+    const char* wanted = type == 'r' ? real : type == 'i' ? "int32" : "float64";
+    if (call.is(i, wanted)) continue;
+    std::fprintf(stderr, "native kernel %s: tensor %d must be %s, but is %s\n", name, i, wanted, call.dtypes[i]);
+    return false;
+  }
+  return true;
+}
+
+// Runs body(float()) or body(double()), by the dtype of the first r of `types`.
 template <class Body>
-int dispatch(const char* name, const Call& call, int typed, Body body) {
+int dispatch(const char* name, const Call& call, const char* types, Body body) {
   try {
-    if (call.is(typed, "float32")) {
+    const char* real = call.dtypes[std::strchr(types, 'r') - types];
+    if (!dtypes_fit(name, call, types, real)) return 1;
+    if (std::strcmp(real, "float32") == 0) {
       body(float());
-    } else if (call.is(typed, "float64")) {
+    } else if (std::strcmp(real, "float64") == 0) {
       body(double());
     } else {
-      std::fprintf(stderr, "native kernel %s takes float32 or float64, not %s\n", name, call.dtypes[typed]);
+      std::fprintf(stderr, "native kernel %s takes float32 or float64, not %s\n", name, real);
       return 1;
     }
   } catch (const std::exception& error) {
@@ -103,9 +120,9 @@ int dispatch(const char* name, const Call& call, int typed, Body body) {
 
 }  // namespace busway
 
-// Exports `name`, which calls the function template `body<Real>(const Call&)`, Real being the dtype of tensor `typed`.
-#define BUSWAY_OPERATOR(name, body, typed)                                                                     \
+// Exports `name`, which calls the function template `body<Real>(const Call&)`; `types` as in `dtypes_fit`.
+#define BUSWAY_OPERATOR(name, body, types)                                                                     \
   extern "C" int name(int count, void** data, int* ranks, int64_t** shapes, const char** dtypes, void*, void*) { \
     const busway::Call call{count, data, ranks, shapes, dtypes};                                               \
-    return busway::dispatch(#name, call, typed, [&](auto real) { busway::body<decltype(real)>(call); });       \
+    return busway::dispatch(#name, call, types, [&](auto real) { busway::body<decltype(real)>(call); });       \
   }

@@ -72,10 +72,10 @@ void adamw(const Call& call) {
       w[i] = w[i] * kept - rate * m[i] / (std::sqrt(v[i]) * root2 + eps);
     }
   }
-  *call.tensor<float>(call.count - 1) = static_cast<float>(step);
+  *call.tensor<Real>(call.count - 1) = step;
 }
 
 }  // namespace busway
 
-BUSWAY_OPERATOR(busway_square_sum, square_sum, 0)
-BUSWAY_OPERATOR(busway_adamw, adamw, 5)
+BUSWAY_OPERATOR(busway_square_sum, square_sum, "r")
+BUSWAY_OPERATOR(busway_adamw, adamw, "drnnn")

@@ -40,5 +40,5 @@ void swiglu_backward(const Call& call) {
 
 }  // namespace busway
 
-BUSWAY_OPERATOR(busway_swiglu, swiglu, 0)
-BUSWAY_OPERATOR(busway_swiglu_backward, swiglu_backward, 0)
+BUSWAY_OPERATOR(busway_swiglu, swiglu, "r")
+BUSWAY_OPERATOR(busway_swiglu_backward, swiglu_backward, "r")

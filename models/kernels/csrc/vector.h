@@ -1,7 +1,7 @@
 // Vectors in GCC's extension, which compiles to AVX-512, AVX2 or NEON alike, and sums over rows with them.
 //
-// A compiler may not reorder a floating-point sum without -ffast-math, and what it makes of OpenMP's reduction ends in a
-// chain of dependent additions; these keep one fixed order that is fast.
+// A compiler may not reorder a floating-point sum without -ffast-math, and what it makes of OpenMP's reduction ends in
+// a chain of dependent additions; these keep one fixed order that is fast.
 #pragma once
 
 #include <cstdint>

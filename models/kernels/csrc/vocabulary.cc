@@ -92,7 +92,7 @@ void embedding_backward(const Call& call) {
 
 }  // namespace busway
 
-BUSWAY_OPERATOR(busway_cross_entropy, cross_entropy, 0)
-BUSWAY_OPERATOR(busway_cross_entropy_backward, cross_entropy_backward, 0)
-BUSWAY_OPERATOR(busway_embedding, embedding, 1)
-BUSWAY_OPERATOR(busway_embedding_backward, embedding_backward, 1)
+BUSWAY_OPERATOR(busway_cross_entropy, cross_entropy, "ri")
+BUSWAY_OPERATOR(busway_cross_entropy_backward, cross_entropy_backward, "ri")
+BUSWAY_OPERATOR(busway_embedding, embedding, "ir")
+BUSWAY_OPERATOR(busway_embedding_backward, embedding_backward, "ir")

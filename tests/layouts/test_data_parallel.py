@@ -1,0 +1,89 @@
+"""The same numbers under every data-parallel layout, in the fp64 reference and within the design's 1e-9.
+
+Documents are masked and prompts teach nothing, so ranks and micro-batches hold different numbers of valid tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+
+import numpy as np
+import pytest
+
+from trainer.data.build import build
+from trainer.data.tokenizer import train_bpe
+
+EQUAL = 1e-9
+STEPS = 8
+SEED = 7
+LAYOUTS = ("dp=1 in one batch", "dp=1 accumulating", "dp=2 accumulating", "dp=4")
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """(prefix, tokenizer) of 80 prompts with responses of very different lengths."""
+    print(f"seed {SEED}")
+    folder, rng = tmp_path_factory.mktemp("dataset"), random.Random(SEED)
+    words = "ask answer bus tram bridge rain stone house minute where when why never always".split()
+
+    def text(longest):
+        return " ".join(rng.choice(words) for _ in range(rng.randint(1, longest)))
+
+    records = [{"prompt": text(20), "response": text(12)} for _ in range(80)]
+    (folder / "chat.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    train_bpe([f"{r['prompt']} {r['response']}" for r in records], 280).save(str(folder / "tokenizer.json"))
+    build([str(folder / "chat.jsonl")], folder / "tokenizer.json", folder / "chat", 1, report=lambda line: None)
+    return folder / "chat", folder / "tokenizer.json"
+
+
+@pytest.fixture(scope="module")
+def runs(busway, dataset):
+    """Layout -> its run."""
+    prefix, tokenizer = dataset
+    common = (
+        f"data.sources=[{{path: {prefix}}}]", f"data.tokenizer={tokenizer}", "data.mask_documents=true",
+        "train.precision=fp64", "optimizer.lr=3e-4", f"train.steps={STEPS}", "train.eval_every=4",
+    )  # fmt: skip
+    whole = busway.sweep("whole", *common, "layout.dp=1", "layout.micro_batch=4")
+    parts = busway.sweep("parts", *common, "layout.dp=1,2,4", "layout.micro_batch=1")
+    return dict(zip(LAYOUTS, whole + parts, strict=True))
+
+
+def worst(first, other):
+    """The largest relative difference of two sequences."""
+    first, other = np.asarray(first), np.asarray(other)
+    return float(np.max(np.abs(first - other) / np.abs(first)))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+def test_loss_and_gradient_norm_of_every_step_are_those_of_one_rank(runs, layout):
+    first, other = runs[LAYOUTS[0]], runs[layout]
+    assert [row["step"] for row in other.rows] == list(range(1, STEPS + 1))
+    for key in ("loss", "grad_norm"):
+        assert worst([row[key] for row in first.rows], [row[key] for row in other.rows]) <= EQUAL
+    key = "eval_loss"
+    assert worst([row[key] for row in first.evaluations], [row[key] for row in other.evaluations]) <= EQUAL
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+def test_final_weights_are_those_of_one_rank(runs, layout):
+    first, other = runs[LAYOUTS[0]].weights(), runs[layout].weights()
+    assert first.keys() == other.keys()
+    for name, value in first.items():
+        assert value.dtype == np.float64
+        assert np.max(np.abs(value - other[name])) <= EQUAL * np.max(np.abs(value)), name
+
+
+def test_the_layouts_are_what_they_are_called(runs):
+    sizes = [(run.summary["world_size"], run.summary["layout"]["micro_batch"]) for run in runs.values()]
+    assert sizes == [(1, 4), (1, 1), (2, 1), (4, 1)]
+
+
+def test_the_traffic_does_not_grow_with_accumulation(runs):
+    """One reduction a step, however many micro-batches."""
+    for run in (runs["dp=2 accumulating"], runs["dp=4"]):
+        (row,) = run.summary["traffic"]
+        assert (row["calls"], row["dtype"]) == (1, "float64")
+        assert row["payload_bytes"] == (run.summary["parameters"] + 3) * 8
+    assert runs["dp=1 accumulating"].summary["traffic"] == []

@@ -1,0 +1,225 @@
+"""The ascend column of the kernel table on stand-ins: no Ascend device is here.
+
+A stand-in takes the place of each fused operator's class, checks every call against the signature of the class that is
+installed, and computes what that operator's documentation says, in numpy. So names, order, layouts and dtypes are
+tested, and the result must equal the plain kernel's; the operators themselves are not.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Parameter, Tensor, nn
+from mindspore import dtype as mstype
+from mindspore.ops import auto_generate
+
+from models.kernels import ascend, plain
+
+SEED = 22
+BATCH, SEQ, HEADS, KV_HEADS, DIM = 2, 9, 4, 2, 16
+
+
+def array(x) -> np.ndarray:
+    return x.astype(mstype.float32).asnumpy().astype(np.float64)
+
+
+def tensor(x, dtype=mstype.float32) -> Tensor:
+    return Tensor(np.asarray(x, np.float32)).astype(dtype)
+
+
+class StandIn:
+    """Replaces operator `name`; `compute(settings, inputs)` gets both by the installed class's parameter names."""
+
+    def __init__(self, monkeypatch, name, compute):
+        self.real, self.compute, self.calls = getattr(auto_generate, name), compute, []
+        monkeypatch.setattr(ascend.auto_generate, name, self)
+
+    def __call__(self, *args, **kwargs):
+        settings = self.bind(self.real.__init__, args, kwargs)
+
+        def run(*inputs, **named):
+            bound = self.bind(self.real.__call__, inputs, named)
+            self.calls.append((settings, bound))
+            return self.compute(settings, bound)
+
+        return run
+
+    @staticmethod
+    def bind(function, args, kwargs) -> dict:
+        bound = inspect.signature(function).bind(None, *args, **kwargs)
+        bound.apply_defaults()
+        return {key: value for key, value in bound.arguments.items() if key != "self"}
+
+
+@pytest.fixture(autouse=True)
+def graph_mode():
+    ms.set_context(mode=ms.GRAPH_MODE)
+    print(f"seed {SEED}")
+
+
+@pytest.fixture
+def random():
+    return np.random.default_rng(SEED).standard_normal
+
+
+def close(a, b, tolerance=1e-5):
+    np.testing.assert_allclose(array(a), array(b), rtol=0, atol=tolerance * np.abs(array(b)).max())
+
+
+def rms_norm(settings, inputs):
+    x, gamma = inputs["x"], inputs["gamma"]
+    assert x.dtype == gamma.dtype  # documented TypeError
+    rstd = 1 / np.sqrt((array(x) ** 2).mean(-1, keepdims=True) + settings["epsilon"])
+    return tensor(array(x) * rstd * array(gamma), x.dtype), tensor(rstd)
+
+
+def rms_norm_grad(_, inputs):
+    dy, x, rstd, gamma = (array(inputs[name]) for name in ("dy", "x", "rstd", "gamma"))
+    assert inputs["rstd"].dtype == mstype.float32 and rstd.shape == x.shape[:-1] + (1,)
+    x_hat, g = x * rstd, dy * gamma
+    dx = rstd * (g - x_hat * (g * x_hat).mean(-1, keepdims=True))
+    return tensor(dx, inputs["x"].dtype), tensor((dy * x_hat).reshape(-1, x.shape[-1]).sum(0))
+
+
+def test_rms_norm_and_head_norm(monkeypatch, random):
+    StandIn(monkeypatch, "RmsNorm", rms_norm)
+    StandIn(monkeypatch, "RmsNormGrad", rms_norm_grad)
+    x, w, dy = tensor(random((5, 8))), tensor(random(8)), tensor(random((5, 8)))
+    for a, b in zip(both(ascend.RMSNorm(1e-5), x, w, dy), both(plain.RMSNorm(1e-5), x, w, dy), strict=True):
+        close(a, b)
+    x, dy = (tensor(random((5, 8 * DIM))) for _ in range(2))
+    wq, wk = tensor(random(DIM)), tensor(random(DIM))
+    ours, theirs = (both(room.HeadNorm(HEADS, KV_HEADS, 1e-5), x, wq, wk, dy) for room in (ascend, plain))
+    for a, b in zip(ours, theirs, strict=True):
+        close(a, b)
+
+
+def both(kernel, *inputs):
+    y, gradients = kernel.forward(*inputs[:-1]), kernel.backward(*inputs)
+    return y, *(gradients if isinstance(gradients, tuple) else (gradients,))
+
+
+def test_swiglu(monkeypatch, random):
+    def halves(x, dim):
+        assert dim == -1
+        return np.split(array(x), 2, -1)
+
+    def forward(_, inputs):
+        a, b = halves(inputs["input"], inputs["dim"])
+        return tensor(a / (1 + np.exp(-a)) * b)
+
+    def backward(_, inputs):
+        (a, b), dy = halves(inputs["input"], inputs["dim"]), array(inputs["grad_output"])
+        s = 1 / (1 + np.exp(-a))
+        return tensor(np.concatenate([dy * b * s * (1 + a * (1 - s)), dy * a * s], -1))
+
+    StandIn(monkeypatch, "Swiglu", forward)
+    StandIn(monkeypatch, "SwigluGrad", backward)
+    x, dy = tensor(random((5, 14))), tensor(random((5, 7)))
+    for a, b in zip(both(ascend.SwiGLU(), x, dy), both(plain.SwiGLU(), x, dy), strict=True):
+        close(a, b)
+
+
+def rotary(_, inputs):
+    x, cos, sin = (array(inputs[name]) for name in ("x", "cos", "sin"))
+    assert inputs["mode"] == 0 and cos.shape == sin.shape == (1, x.shape[1], 1, x.shape[3])  # BSND takes 1S1D
+    assert inputs["x"].dtype == inputs["cos"].dtype == inputs["sin"].dtype == mstype.float32
+    half = x.shape[-1] // 2
+    return tensor(x * cos + np.concatenate([-x[..., half:], x[..., :half]], -1) * sin)
+
+
+def flash_inputs(settings, inputs, mask):
+    """Query, repeated keys and values as [B, N1, S, D], and masked scores; checks what the documentation demands."""
+    assert settings["input_layout"] == "BSND" and settings["sparse_mode"] == 0 and settings["keep_prob"] == 1.0
+    assert settings["next_tokens"] == 0 and settings["pre_tokens"] >= SEQ
+    for name in ("query", "key", "value"):
+        assert inputs[name].dtype == mstype.bfloat16
+    q, k, v = (array(inputs[name]).transpose(0, 2, 1, 3) for name in ("query", "key", "value"))
+    assert q.shape[1] == settings["head_num"]
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat(group, 1), v.repeat(group, 1)
+    hidden = inputs[mask]
+    assert hidden.dtype == mstype.uint8 and hidden.shape == (BATCH, 1, SEQ, SEQ)
+    scores = q @ k.transpose(0, 1, 3, 2) * settings["scale_value"]
+    return q, k, v, np.where(hidden.asnumpy() == 1, -np.inf, scores)
+
+
+def flash(settings, inputs):
+    q, _, v, scores = flash_inputs(settings, inputs, "attn_mask")
+    top = scores.max(-1, keepdims=True)
+    total = np.exp(scores - top).sum(-1, keepdims=True)
+    o = np.exp(scores - top) / total @ v
+    eight = q.shape[:3] + (8,)
+    return (
+        tensor(np.broadcast_to(top, eight)),
+        tensor(np.broadcast_to(total, eight)),
+        tensor(0),
+        tensor(o.transpose(0, 2, 1, 3), mstype.bfloat16),
+    )
+
+
+def flash_grad(settings, inputs):
+    q, k, v, scores = flash_inputs(settings, inputs, "atten_mask")
+    top, total = inputs["softmax_max"], inputs["softmax_sum"]
+    assert top.dtype == total.dtype == mstype.float32 and top.shape == total.shape == q.shape[:3] + (8,)
+    assert inputs["dy"].shape == inputs["attention_in"].shape == inputs["query"].shape
+    p = np.exp(scores - array(top)[..., :1]) / array(total)[..., :1]
+    dy, y = (array(inputs[name]).transpose(0, 2, 1, 3) for name in ("dy", "attention_in"))
+    ds = p * (dy @ v.transpose(0, 1, 3, 2) - (dy * y).sum(-1, keepdims=True)) * settings["scale_value"]
+    shared = (BATCH, KV_HEADS, HEADS // KV_HEADS, SEQ, DIM)
+    dk = (ds.transpose(0, 1, 3, 2) @ q).reshape(shared).sum(2)
+    dv = (p.transpose(0, 1, 3, 2) @ dy).reshape(shared).sum(2)
+    return *(tensor(g.transpose(0, 2, 1, 3), mstype.bfloat16) for g in (ds @ k, dk, dv)), tensor(0)
+
+
+def test_attention_in_bsnd_with_a_whole_mask(monkeypatch, random):
+    turned = StandIn(monkeypatch, "RotaryPositionEmbedding", rotary)
+    forward = StandIn(monkeypatch, "FlashAttentionScore", flash)
+    backward = StandIn(monkeypatch, "FlashAttentionScoreGrad", flash_grad)
+    turn = np.outer(np.arange(SEQ), 1 / 10000 ** (np.arange(0, DIM, 2) / DIM))
+    first = Tensor(np.tile([0, 0, 0, 3, 3, 3, 3, 7, 7], BATCH).astype(np.int32))
+    inputs = tensor(random((BATCH * SEQ, 8 * DIM))), tensor(np.cos(turn)), tensor(np.sin(turn)), first
+    do = tensor(random((BATCH * SEQ, HEADS * DIM)))
+    results = []
+    for room in (ascend, plain):
+        kernel = room.Attention(HEADS, KV_HEADS, 0.25)
+        o, lse = kernel.forward(*inputs)
+        results.append((o, lse, kernel.backward(*inputs, o, lse, do)))
+    for a, b in zip(*results, strict=True):
+        assert a.dtype == mstype.float32
+        close(a, b, 2e-2)  # bf16 has 8 bits
+    assert (len(turned.calls), len(forward.calls), len(backward.calls)) == (6, 1, 1)
+    assert forward.calls[0][0] == backward.calls[0][0]
+
+
+class Update(nn.Cell):
+    def __init__(self, kernel, weights):
+        super().__init__()
+        self.kernel, self.decays = kernel, Tensor(np.array([0.1, 0.0], np.float32))
+        self.weights = ms.ParameterTuple([Parameter(Tensor(w), name=f"w{i}") for i, w in enumerate(weights)])
+        self.first, self.second = self.weights.clone("m", "zeros"), self.weights.clone("v", "zeros")
+
+    def construct(self, factor, lr, step, *gradients):
+        return self.kernel.forward(self.weights, self.first, self.second, gradients, self.decays, factor, lr, step)
+
+
+def test_adamw_out_of_an_operator_without_bias_correction(random):
+    """`AdamWeightDecay` has a CPU form too, so this one runs."""
+    weights = [random((3, 4)).astype(np.float32), random(5).astype(np.float32)]
+    ours, theirs = (Update(room.AdamW(0.9, 0.999, 1e-8), weights) for room in (ascend, plain))
+    for step in range(1, 4):
+        gradients = [tensor(random((3, 4))), tensor(random(5))]
+        for update in (ours, theirs):
+            update(tensor([0.5]), tensor([1e-2]), tensor([step]), *gradients)
+    for group, tolerance in ("weights", 1e-6), ("first", 1e-6), ("second", 2e-5):  # it rounds 1 - beta2
+        for a, b in zip(getattr(ours, group), getattr(theirs, group), strict=True):
+            close(a, b, tolerance)
+
+
+def test_the_operators_named_are_in_the_installed_mindspore():
+    kernels = (ascend.RMSNorm, ascend.HeadNorm, ascend.Attention, ascend.SwiGLU, ascend.AdamW)
+    for operator in {name for kernel in kernels for name in kernel.OPERATORS}:
+        assert hasattr(auto_generate, operator), operator

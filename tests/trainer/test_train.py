@@ -1,0 +1,261 @@
+"""Whole runs: what a user sees, and what the run directory holds afterwards."""
+
+from __future__ import annotations
+
+import re
+import sys
+import threading
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import load_file
+
+from models.checks import ConfigError
+from models.config import FLOPS_CONVENTION
+from parallel.layout import Layout
+from parallel.mesh import Mesh
+from parallel.topology import load
+from parallel.traffic import data_parallel, maximum
+from trainer import run_directory
+from trainer.compose import compose_recipe
+from trainer.data.indexed import IndexedWriter
+from trainer.errors import MachineError
+from trainer.metrics import ROW
+from trainer.recipe import resolved
+
+FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "huggingface"
+SUMMARY = """status exit_code steps final_loss eval_loss tokens tokens_per_s first_step_s step_s mfu mfu_convention
+flops_per_token parameters active_parameters memory_gib memory_kind world_size layout placement traffic restarts
+versions""".split()
+"""The keys that the design promises."""
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def run(busway):
+    """Two ranks, eight steps."""
+    overrides = (f"train.steps={STEPS}", "layout.dp=2", "train.eval_every=5", "train.eval_batches=2")
+    return busway.train("two", *overrides, "optimizer.lr=1e-2", "checkpoint.every=4")
+
+
+def test_two_ranks_learn(run):
+    assert np.mean(run.losses[-2:]) < 0.97 * np.mean(run.losses[:2])
+    first, last = run.evaluations
+    assert last["eval_loss"] < first["eval_loss"]
+    assert run.losses[0] == pytest.approx(np.log(300), rel=0.02)  # what a model that knows nothing has
+
+
+def test_the_run_directory_holds_what_the_design_says(run):
+    assert sorted(path.name for path in run.path.iterdir()) == [
+        "checkpoints", "logs", "metrics.jsonl", "plan.yaml", "recipe.yaml", "summary.json", "tb",
+    ]  # fmt: skip
+    assert run.checkpoints == ["step-00000004", "step-00000008"]
+    assert {"rank-0000.log", "rank-0001.log"} <= {path.name for path in (run.path / "logs").iterdir()}
+
+
+def test_the_saved_recipe_is_the_whole_one(run, busway):
+    saved = compose_recipe(str(run.path / "recipe.yaml"), [])
+    assert resolved(saved.recipe) == (run.path / "recipe.yaml").read_text()
+    assert saved.recipe.optimizer.lr == 1e-2 and saved.recipe.layout.dp == 2
+    typed = compose_recipe(str(busway.recipe), []).recipe
+    assert saved.recipe.model == typed.model and saved.recipe.data == typed.data
+
+
+def test_the_plan_says_layout_topology_and_placement(run):
+    plan = yaml.safe_load((run.path / "plan.yaml").read_text())
+    assert set(plan) == {"layout", "topology", "placement"}
+    assert Layout(**plan["layout"]) == Layout(dp=2, micro_batch=2)
+    assert (plan["topology"], plan["placement"]) == ("laptop", [0, 1])
+
+
+def test_every_row_has_the_keys_of_the_design_and_counts_what_was_read(run):
+    assert [set(row) for row in run.rows] == [set(ROW)] * STEPS
+    assert [row["step"] for row in run.rows] == list(range(1, STEPS + 1))
+    assert [row["samples"] for row in run.rows] == [4 * step for step in range(1, STEPS + 1)]
+    for row in run.rows:
+        assert row["tokens"] == row["samples"] * 32
+        assert row["tokens_per_s"] == pytest.approx(4 * 32 / row["step_s"])
+        assert row["tokens_per_s_per_rank"] == pytest.approx(row["tokens_per_s"] / 2)
+        assert 0 <= row["data_wait_s"] <= row["step_s"]
+        assert row["mfu"] is None and row["memory_gib"] > 0 and row["lr"] == 1e-2
+
+
+def test_evaluations_come_at_the_interval_and_at_the_end(run):
+    assert [set(line) for line in run.evaluations] == [{"step", "eval_loss"}] * 2
+    assert [line["step"] for line in run.evaluations] == [5, STEPS]
+
+
+def test_the_summary_has_the_keys_of_the_design(run):
+    summary = run.summary
+    assert list(summary) == SUMMARY
+    assert (summary["status"], summary["exit_code"], summary["steps"], summary["restarts"]) == ("done", 0, STEPS, 0)
+    assert summary["final_loss"] == run.losses[-1] and summary["eval_loss"] == run.evaluations[-1]["eval_loss"]
+    assert summary["tokens"] == STEPS * 4 * 32 and summary["world_size"] == 2
+    assert summary["tokens_per_s"] == pytest.approx(4 * 32 / summary["step_s"])
+    assert summary["step_s"] == pytest.approx(np.median([row["step_s"] for row in run.rows[1:]]))
+    assert summary["first_step_s"] == pytest.approx(run.rows[0]["step_s"])
+    assert (summary["mfu"], summary["mfu_convention"]) == (None, FLOPS_CONVENTION)
+    assert (summary["memory_kind"], summary["memory_gib"]) == ("peak RSS", run.rows[-1]["memory_gib"])
+    assert summary["layout"]["dp"] == 2 and summary["placement"] == [0, 1]
+    assert summary["versions"]["mindspore"] == version("mindspore")
+
+
+def test_parameters_and_flops_follow_from_the_shapes(run):
+    layer = 32 * 32 * 2 + 2 * 32 * 16 + 3 * 32 * 48  # q, o; k, v; gate, up, down
+    assert run.summary["parameters"] == run.summary["active_parameters"] == 2 * 300 * 32 + layer + 3 * 32
+    assert sum(value.size for value in run.weights().values()) == run.summary["parameters"]
+    assert run.summary["flops_per_token"] == 6 * (layer + 300 * 32) + 6 * 32 * 32  # 6 s heads head_dim for half of s^2
+
+
+def test_the_traffic_of_a_step_is_the_formula(run):
+    (row,) = run.summary["traffic"]
+    payload = (run.summary["parameters"] + 3) * 4  # loss sum, valid tokens and the wish to stop ride along
+    assert row == {
+        "axis": "dp", "collective": "all_reduce", "dtype": "float32", "level": "machine",
+        "payload_bytes": payload, "wire_bytes": payload, "calls": 1,
+    }  # fmt: skip
+    topology = load(yaml.safe_load((run.path / "recipe.yaml").read_text())["topology"])
+    mesh = Mesh(Layout(dp=2), topology)
+    predicted = maximum(data_parallel(mesh, rank, run.summary["parameters"], "float32", scalars=3) for rank in (0, 1))
+    assert run.summary["traffic"] == predicted.rows()
+
+
+def test_tensorboard_reads_the_same_curves(run):
+    curves = run.curves()
+    assert set(curves) == {*ROW[1:], "eval_loss"} - {"mfu"}
+    for key, curve in curves.items():
+        lines = run.evaluations if key == "eval_loss" else run.rows
+        assert [x for x, _ in curve] == [line["step"] for line in lines]
+        assert [value for _, value in curve] == [np.float32(line[key]) for line in lines]
+    for axis in ("tokens", "samples"):
+        by_axis = run.curves(axis)
+        assert by_axis[f"loss_by_{axis}"] == [(row[axis], np.float32(row["loss"])) for row in run.rows]
+        assert [x for x, _ in by_axis[f"eval_loss_by_{axis}"]] == [run.rows[4][axis], run.rows[7][axis]]
+
+
+def test_the_console_shows_a_banner_and_a_line_a_step(run):
+    assert run.stderr == ""
+    banner, _, rest = run.stdout.partition("training starts at step 1\n")
+    for text in (
+        f"busway {version('busway')}, mindspore {version('mindspore')} on CPU",
+        "layout: pp 1 x dp 2 x cp 1 x tp 1 = 2 ranks on laptop; dp in one machine; collectives: mpi",
+        "model: 26,976 parameters",
+        FLOPS_CONVENTION,
+        "kernels: ",
+        "tokens a step: 128 = 4 sequences x 32; micro-batches a rank: 1",
+        "memory after the model is built: ",
+    ):
+        assert text in banner
+    lines = [line for line in rest.splitlines() if re.match(r"step +\d+/", line)]
+    pattern = r"step (\d)/8  loss \d\.\d{4}  grad norm [\d.]+  lr 1.00e-02  [\d,]+ tokens/s \([\d,]+ a rank\)  MFU -  "
+    matches = [re.match(pattern + r"memory [\d.]+ GiB  eta \d:\d\d:\d\d$", line) for line in lines]
+    assert [int(match[1]) for match in matches] == list(range(1, STEPS + 1))
+    assert f"step 5  held-out loss {run.evaluations[0]['eval_loss']:.4f}" in rest
+    assert rest.splitlines()[-1] == "done after step 8; results are in runs/two"
+
+
+def test_ranks_of_the_users_own_mpiexec_give_the_same_run(busway, run):
+    """Neither dp nor ranks given: the world comes from the launcher. Gradients add up over two micro-batches."""
+    mpiexec = str(Path(sys.executable).with_name("mpiexec"))
+    overrides = ("launcher.kind=none", f"train.steps={STEPS}", "train.stop_at=3", "layout.micro_batch=1")
+    own = busway.train("own", *overrides, "optimizer.lr=1e-2", above=(mpiexec, "-n", "2"))
+    assert own.summary["world_size"] == 2 and own.summary["steps"] == 3
+    assert own.losses == pytest.approx(run.losses[:3], rel=1e-5)
+    assert own.stdout.count("training starts") == 1
+    assert (own.path / "logs" / "rank-0001.log").is_file()
+
+
+@pytest.fixture(scope="module")
+def precisions(busway):
+    """(precision, kernels) -> run, all in one process."""
+    common = ("layout.micro_batch=4", "train.steps=3", "optimizer.lr=1e-3")
+    runs = busway.sweep("precision", *common, "train.precision=fp32,fp64,bf16")
+    (plain,) = busway.sweep("plain", *common, "train.kernels=plain")
+    return dict(zip(("fp32", "fp64", "bf16", "plain"), [*runs, plain], strict=True))
+
+
+def test_fp32_follows_fp64_to_its_own_precision(precisions):
+    for key in ("loss", "grad_norm"):
+        exact = [row[key] for row in precisions["fp64"].rows]
+        assert [row[key] for row in precisions["fp32"].rows] == pytest.approx(exact, rel=1e-5)
+    assert {value.dtype for value in precisions["fp64"].weights().values()} == {np.dtype(np.float64)}
+
+
+def test_bf16_follows_fp64_to_its_own_precision_on_fp32_master_weights(precisions):
+    exact, rounded = ([row["loss"] for row in precisions[name].rows] for name in ("fp64", "bf16"))
+    assert rounded == pytest.approx(exact, rel=2e-3)
+    assert rounded != pytest.approx(exact, rel=1e-7)  # it does round
+    assert {value.dtype for value in precisions["bf16"].weights().values()} == {np.dtype(np.float32)}
+
+
+def test_plain_kernels_give_the_numbers_of_the_chosen_ones(precisions):
+    for key in ("loss", "grad_norm"):
+        chosen = [row[key] for row in precisions["fp32"].rows]
+        assert [row[key] for row in precisions["plain"].rows] == pytest.approx(chosen, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def reference_data(tmp_path_factory):
+    """The fixture's first sequence as a dataset of one sample, and the loss that transformers' logits give on it."""
+    numbers = load_file(FIXTURES / "llama.reference.safetensors")
+    tokens = numbers["input_ids"][0]
+    prefix = tmp_path_factory.mktemp("reference") / "data"
+    with IndexedWriter(prefix, np.int32) as writer:
+        writer.add(tokens)
+    logits = numbers["logits"][0, :-1].astype(np.float64)
+    picked = logits[np.arange(len(logits)), tokens[1:]]
+    return prefix, len(tokens) - 1, float(np.mean(np.log(np.exp(logits).sum(-1)) - picked))
+
+
+def model_keys(folder):
+    """The overrides that give the recipe the model of a converted folder."""
+    model = yaml.safe_load((folder / "model.yaml").read_text())
+    scaling = model.pop("rope_scaling")
+    flat = model | {f"rope_scaling.{key}": value for key, value in scaling.items()}
+    return [f"model.{key}={'null' if value is None else value}" for key, value in flat.items()]
+
+
+def test_a_run_starts_from_converted_weights_and_from_hugging_faces_own(busway, reference_data):
+    prefix, length, loss = reference_data
+    ours = busway.folder / "ours"
+    busway("convert", "from-hf", FIXTURES / "llama", ours)
+    data = [f"data.sources=[{{path: {prefix}}}]", "data.tokenizer=null", f"data.seq_len={length}", "data.holdout=0"]
+    runs = busway.sweep(
+        "init", *model_keys(ours), *data, "train.steps=1", "train.global_batch=1", "layout.micro_batch=1",
+        f"checkpoint.init_from=null,{ours},{FIXTURES / 'llama'}",
+    )  # fmt: skip
+    at_random, converted, theirs = (run.losses[0] for run in runs)
+    assert converted == theirs == pytest.approx(loss, rel=1e-5)
+    assert at_random != pytest.approx(loss, rel=1e-2)
+
+
+def test_two_runs_of_one_recipe_share_no_directory(small_recipe, tmp_path):
+    recipe = compose_recipe(str(small_recipe), [f"train.out={tmp_path}"]).recipe
+    for number in (1, 2):
+        run = run_directory.choose(recipe, "small")
+        run.create(recipe)
+        assert run.path == tmp_path / f"small-{number}"
+    again = compose_recipe(str(small_recipe), [f"train.out={tmp_path}", "checkpoint.resume=auto"]).recipe
+    assert run_directory.choose(again, "small").path == tmp_path / "small-2"
+
+
+def test_other_ranks_wait_until_rank_0_has_made_the_directory_for_this_recipe(small_recipe, tmp_path):
+    def recipe(*overrides):
+        return compose_recipe(str(small_recipe), [f"train.out={tmp_path}", "train.name=shared", *overrides]).recipe
+
+    first, second = recipe("launcher.node_rank=0"), recipe("launcher.node_rank=1")
+    run = run_directory.named(second)
+    with pytest.raises(MachineError, match=f"rank 0 has not made {run.path}.*folder that all nodes share"):
+        run.wait_for(second, seconds=0)
+    waiting = threading.Thread(target=run.wait_for, args=(second, 60))
+    waiting.start()
+    run_directory.choose(first, "small").create(first)
+    waiting.join(timeout=60)
+    assert not waiting.is_alive()
+    with pytest.raises(ConfigError, match="exists already"):
+        run_directory.choose(first, "small")
+    with pytest.raises(MachineError, match="same recipe"):
+        run.wait_for(recipe("train.steps=7"), seconds=0)
