@@ -31,9 +31,9 @@ class Rounding(Segment):
             return rounded
         return self.cast(rounded, ms.float32)
 
-    def gradient(self, dw):
-        """A weight gradient in the dtype of the master weights."""
-        return self.cast(dw, ms.float32) if self.kind == "native" else dw
+    def like(self, gradient, tensor):
+        """`gradient` in the dtype of what it is the gradient of: a matmul's result may be narrower."""
+        return self.cast(gradient, tensor.dtype) if self.kind == "native" else gradient
 
 
 class Linear(Segment):
@@ -52,20 +52,21 @@ class Linear(Segment):
         """Saves its input."""
         y = self.forward_matmul(self.rounding.operand(x), self.rounding.operand(weights[0]))
         if self.has_bias:
-            y = y + weights[1]
+            y = y + self.rounding.operand(weights[1])
         return y, (x,)
 
     def backward_input(self, dy, saved, weights, context):
         """dx = dy w."""
         dx = self.input_matmul(self.rounding.operand(dy), self.rounding.operand(weights[0]))
-        return dx, (dy, saved[0])
+        return self.rounding.like(dx, saved[0]), (dy, saved[0], weights)
 
     def backward_weight(self, kept):
         """dw = dy^T x, db = the column sums of dy."""
-        dy, x = kept
-        dw = self.rounding.gradient(self.weight_matmul(self.rounding.operand(dy), self.rounding.operand(x)))
+        dy, x, weights = kept
+        dw = self.weight_matmul(self.rounding.operand(dy), self.rounding.operand(x))
+        dw = self.rounding.like(dw, weights[0])
         if self.has_bias:
-            return dw, self.column_sum(dy, 0)
+            return dw, self.rounding.like(self.column_sum(dy, 0), weights[1])
         return (dw,)
 
 

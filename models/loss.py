@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mindspore as ms
 from mindspore import ops
 
 from models.kernels import Kernels
@@ -20,8 +21,10 @@ class CrossEntropySum(Segment):
         self.sum = ops.ReduceSum()
 
     def forward(self, x, weights, context):
-        """Saves the logits and their log-sum-exp."""
+        """Saves the logits and their log-sum-exp. Logits of a bf16 matmul are widened first."""
         labels = context[1]
+        if x.dtype == ms.bfloat16:
+            x = ops.cast(x, ms.float32)
         lse, target = self.kernel.forward(x, labels)
         return self.sum((lse - target) * self.valid(labels, x)).reshape((1,)), (x, lse)
 

@@ -18,7 +18,7 @@ import pytest
 from safetensors.numpy import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-WORDS = "the bus runs every ten minutes and a tram every five while rain falls on an old stone bridge".split()
+TEXT = "the bus runs every ten minutes and a tram every five while rain falls on an old stone bridge"
 SECONDS = 300
 """After which a run that hangs fails its test."""
 
@@ -115,11 +115,16 @@ class Busway:
         printed = self("train", *self.words(name, *overrides), code=code, above=above)
         return Run(self.out / name, *printed)
 
+    def run(self, name: str) -> Run:
+        """The run directory of that name."""
+        return Run(self.out / name)
+
     def sweep(self, out: str, *overrides: object) -> list[Run]:
         """`busway train --multirun` with the small recipe: the runs in their order, in a folder of their own."""
-        self("train", "--multirun", self.recipe, f"train.out={self.folder / out}", *overrides)
+        printed, _ = self("train", "--multirun", self.recipe, f"train.out={self.folder / out}", *overrides)
         numbered = {int(path.name.rpartition("-")[2]): path for path in (self.folder / out).iterdir()}
-        return [Run(numbered[number]) for number in sorted(numbered)]
+        jobs = printed.split("multirun: ")[1:]
+        return [Run(numbered[number], job) for number, job in zip(sorted(numbered), jobs, strict=True)]
 
     def words(self, name: str, *overrides: object) -> list[str]:
         """What stands after `busway train`."""
@@ -130,9 +135,9 @@ class Busway:
 def small_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of 40 texts."""
     folder = tmp_path_factory.mktemp("text")
-    rng = random.Random(0)
+    rng, words = random.Random(0), TEXT.split()
     for i in range(40):
-        (folder / f"{i:02}.txt").write_text(" ".join(rng.choice(WORDS) for _ in range(200)) + "\n")
+        (folder / f"{i:02}.txt").write_text(" ".join(rng.choice(words) for _ in range(200)) + "\n")
     return folder
 
 

@@ -163,7 +163,7 @@ def _banner(loop: Loop, precision: str, kernel_line: str, micro_batches: int, sa
     recipe, meter = loop.recipe, loop.meter
     peak = "unknown for this machine, so MFU is not given"
     if meter.peak_flops:
-        peak = f"{meter.peak_flops / 1e12:,.0f} TFLOP/s a rank ({recipe.machine.name})"
+        peak = f"{meter.peak_flops / 1e12:,g} TFLOP/s a rank ({recipe.machine.name})"
     say(f"busway {version('busway')}, mindspore {version('mindspore')} on {machine.device()}; run {loop.run}")
     say(f"layout: {loop.mesh.describe()}; collectives: {loop.collectives.describe()}")
     say(f"model: {recipe.model.parameter_count:,} parameters, {meter.flops_per_token:,} FLOPs a token; {precision}")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from models.config import ParameterSpec
@@ -82,7 +83,7 @@ def save(folder: Path, tensors: dict[str, dict[str, np.ndarray]], state: dict[st
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
             for kind, values in tensors.items():
-                _write(unfinished / f"{kind}.safetensors", lambda path, v=values: save_file(v, path))
+                _write(unfinished / f"{kind}.safetensors", lambda path, v=values: _save_tensors(v, path))
             _write(unfinished / STATE, lambda path: path.write_text(json.dumps(state, indent=1)))
             manifest = {file.name: _fingerprint(file) for file in sorted(unfinished.iterdir())}
             _write(unfinished / MANIFEST, lambda path: path.write_text(json.dumps(manifest, indent=1)))
@@ -100,10 +101,15 @@ def save(folder: Path, tensors: dict[str, dict[str, np.ndarray]], state: dict[st
     return final
 
 
+def check(path: Path) -> None:
+    """Raise `InputError` unless `path` is a checkpoint's folder, whole or not."""
+    if not (path / MANIFEST).is_file():
+        raise InputError(f"{path} is no checkpoint, as it has no {MANIFEST}; name a folder step-… in checkpoints/")
+
+
 def load(path: Path) -> Checkpoint:
     """The checkpoint in `path`. Raises `InputError` unless it is whole."""
-    if not (path / MANIFEST).is_file():
-        raise InputError(f"{path} is no checkpoint, as it has no {MANIFEST}; name a folder step-… of a run")
+    check(path)
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         damaged = [name for name, expected in manifest.items() if _fingerprint(path / name) != expected]
@@ -126,6 +132,17 @@ def newest(folder: Path, report: Callable[[str], None]) -> Checkpoint | None:
 
 def _folders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if path.is_dir() and path.suffix != UNFINISHED)
+
+
+def _save_tensors(values: dict[str, np.ndarray], path: Path) -> None:
+    """`save_file`, with the operating system's error where its own hides one, as on a full disk."""
+    try:
+        save_file(values, path)
+    except SafetensorError as error:
+        hidden = re.search(r"\(os error (\d+)\)", str(error))
+        if hidden is None:
+            raise
+        raise OSError(int(hidden[1]), os.strerror(int(hidden[1]))) from error
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:

@@ -65,7 +65,7 @@ class RunDirectory:
 
     @property
     def tensorboard(self) -> Path:
-        """Folder of event files."""
+        """Folder of event files; curves over tokens and samples lie in a folder each below it."""
         return self.path / "tb"
 
     @property

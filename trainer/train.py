@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from models.checks import ConfigError
 from models.config import ModelConfig
-from trainer import launch, machine, run_directory
+from trainer import checkpoint, launch, machine, run_directory
 from trainer.compose import BUILT_IN, Composed, compose_recipe, known_recipes, sweep
 from trainer.data import prepare
 from trainer.errors import EXIT_DONE, InputError
@@ -117,8 +117,8 @@ def _check_named(recipe: Recipe, who: str) -> None:
 def _check_start(recipe: Recipe) -> None:
     """Folders that the run starts from must be there and fit."""
     resume, init_from = recipe.checkpoint.resume, recipe.checkpoint.init_from
-    if resume not in ("none", "auto") and not Path(resume).is_dir():
-        raise ConfigError(f"checkpoint.resume={resume} is no folder; set none, auto or a checkpoint's folder step-…")
+    if resume not in ("none", "auto"):
+        checkpoint.check(Path(resume))
     if init_from:
         from trainer.convert import read_weights
 

@@ -17,6 +17,7 @@ from trainer.data.tokenizer import train_bpe
 EQUAL = 1e-9
 STEPS = 8
 SEED = 7
+TEXT = "ask answer bus tram bridge rain stone house minute where when why never always"
 LAYOUTS = ("dp=1 in one batch", "dp=1 accumulating", "dp=2 accumulating", "dp=4")
 
 
@@ -25,7 +26,7 @@ def dataset(tmp_path_factory):
     """(prefix, tokenizer) of 80 prompts with responses of very different lengths."""
     print(f"seed {SEED}")
     folder, rng = tmp_path_factory.mktemp("dataset"), random.Random(SEED)
-    words = "ask answer bus tram bridge rain stone house minute where when why never always".split()
+    words = TEXT.split()
 
     def text(longest):
         return " ".join(rng.choice(words) for _ in range(rng.randint(1, longest)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 import sys
 import threading
 from importlib.metadata import version
@@ -19,7 +20,7 @@ from parallel.layout import Layout
 from parallel.mesh import Mesh
 from parallel.topology import load
 from parallel.traffic import data_parallel, maximum
-from trainer import run_directory
+from trainer import cli, launch, machine, run_directory
 from trainer.compose import compose_recipe
 from trainer.data.indexed import IndexedWriter
 from trainer.errors import MachineError
@@ -29,7 +30,7 @@ from trainer.recipe import resolved
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "huggingface"
 SUMMARY = """status exit_code steps final_loss eval_loss tokens tokens_per_s first_step_s step_s mfu mfu_convention
 flops_per_token parameters active_parameters memory_gib memory_kind world_size layout placement traffic restarts
-versions""".split()
+versions"""
 """The keys that the design promises."""
 STEPS = 8
 
@@ -90,7 +91,7 @@ def test_evaluations_come_at_the_interval_and_at_the_end(run):
 
 def test_the_summary_has_the_keys_of_the_design(run):
     summary = run.summary
-    assert list(summary) == SUMMARY
+    assert list(summary) == SUMMARY.split()
     assert (summary["status"], summary["exit_code"], summary["steps"], summary["restarts"]) == ("done", 0, STEPS, 0)
     assert summary["final_loss"] == run.losses[-1] and summary["eval_loss"] == run.evaluations[-1]["eval_loss"]
     assert summary["tokens"] == STEPS * 4 * 32 and summary["world_size"] == 2
@@ -230,6 +231,22 @@ def test_a_run_starts_from_converted_weights_and_from_hugging_faces_own(busway, 
     at_random, converted, theirs = (run.losses[0] for run in runs)
     assert converted == theirs == pytest.approx(loss, rel=1e-5)
     assert at_random != pytest.approx(loss, rel=1e-2)
+
+
+def test_the_nodes_of_a_run_share_the_directory_that_the_first_makes(small_recipe, cache, tmp_path, monkeypatch):
+    """As on Ascend, where each node runs one `busway train`; the ranks are not started here."""
+    started = []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.setattr(machine, "device", lambda: "Ascend")
+    monkeypatch.setattr(launch, "supervise", lambda start: started.append(start) or 0)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    nodes = ("launcher.nodes=2", "launcher.master_addr=127.0.0.1", f"launcher.master_port={port}")
+    words = ["train", str(small_recipe), f"train.out={tmp_path}", "train.name=shared", "layout.dp=2", *nodes]
+    for node in (0, 1):
+        assert cli.main([*words, f"launcher.node_rank={node}"]) == 0
+    assert [list(start.ranks) for start in started] == [[0], [1]]
+    assert {start.run_directory for start in started} == {tmp_path / "shared"}
 
 
 def test_two_runs_of_one_recipe_share_no_directory(small_recipe, tmp_path):

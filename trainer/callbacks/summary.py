@@ -61,8 +61,12 @@ class Summary(Callback):
     def _write(self, loop: Loop) -> None:
         if loop.collectives.rank != 0:
             return
+        content = self.content(loop)
+        if content["first_step_s"] is None and loop.run.summary.is_file():
+            # Resumed after its last step: there is nothing to measure, and what was measured stands.
+            content = json.loads(loop.run.summary.read_text()) | {k: content[k] for k in ("status", "exit_code")}
         with writing_to(loop.run.summary):
-            loop.run.summary.write_text(json.dumps(self.content(loop), indent=1) + "\n")
+            loop.run.summary.write_text(json.dumps(content, indent=1) + "\n")
 
     def content(self, loop: Loop) -> dict[str, Any]:
         """The keys of summary.json."""
