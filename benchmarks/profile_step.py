@@ -53,7 +53,7 @@ def profile(step) -> None:
 
 
 def _name(row: dict[str, str]) -> str:
-    """A native kernel is a Custom operator in a cell of its own class; one of the step itself is the norm's or AdamW."""
+    """A native kernel is a Custom operator in a cell of its own class; the norm and AdamW stand in the step itself."""
     if row["op_type"] != "Custom":
         return row["op_type"]
     cells = re.findall(r"-(\w+)/", row["full_op_name"])
