@@ -8,6 +8,7 @@ import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -21,6 +22,7 @@ RESERVE_GIB = 0.6
 """What one rank takes before any model: MindSpore's libraries and runtime, measured on CPU."""
 
 
+@cache
 def device() -> str:
     """`Ascend` where the driver shows a device, else `CPU`."""
     return "Ascend" if glob.glob("/dev/davinci[0-9]*") else "CPU"
