@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from trainer import metrics
-from trainer.callbacks.base import Row
+from trainer.metrics import Row
 from trainer.step import Outcome
 
 

@@ -6,6 +6,10 @@ A row of `metrics.jsonl` has the keys of `ROW`; TensorBoard shows them under the
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+Row = dict[str, Any]
+"""A line of metrics.jsonl."""
 
 STEP = "step"
 LOSS = "loss"

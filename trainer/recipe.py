@@ -87,11 +87,13 @@ def resolved(recipe: Recipe) -> str:
 
 
 def unknown_key(key: str) -> str:
-    """What to say of a key that no section has: the nearest known one of its section, or of all."""
-    section = key.rpartition(".")[0]
+    """What to say of a key that no section has: the nearest of its section, the one of that name, or the nearest."""
+    section, _, name = key.rpartition(".")
     known = [known for known, *_ in all_keys()]
-    siblings = [k for k in known if k.startswith(section + ".")] if section else []
-    return f"unknown key {key}; {nearest(key, siblings or known, REFERENCE)}"
+    siblings = [k for k in known if section and k.startswith(section + ".")]
+    namesakes = [k for k in known if k.endswith("." + name)]
+    sections = {k.split(".")[0] for k in known}
+    return f"unknown key {key}; {nearest(key, siblings or namesakes or [*known, *sections], REFERENCE)}"
 
 
 def all_keys(cls: type = Recipe, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:

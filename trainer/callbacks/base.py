@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from trainer.metrics import Row
+
 if TYPE_CHECKING:
     from trainer.loop import Loop
     from trainer.step import Outcome
-
-Row = dict[str, Any]
 
 
 class Callback:

@@ -9,7 +9,8 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from trainer import metrics
-from trainer.callbacks.base import Callback, Row
+from trainer.callbacks.base import Callback
+from trainer.metrics import Row
 
 if TYPE_CHECKING:
     from trainer.loop import Loop

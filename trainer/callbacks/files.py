@@ -13,8 +13,9 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from trainer import metrics
-from trainer.callbacks.base import Callback, Row
+from trainer.callbacks.base import Callback
 from trainer.machine import writing_to
+from trainer.metrics import Row
 
 if TYPE_CHECKING:
     from trainer.loop import Loop
