@@ -13,7 +13,7 @@ help: ## Show what each target does
 
 setup: $(VENV)/.done ## Make .venv with pinned versions and compile the C++ operators
 
-$(VENV)/.done: constraints.txt requirements.txt setup.py $(SOURCES)
+$(VENV)/.done: constraints.txt requirements.txt setup.py pyproject.toml models/kernels/build.py $(SOURCES)
 	@command -v g++ > /dev/null || echo "setup: g++ is missing; Busway will run on plain operators, slower"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -r requirements.txt pytest ruff setuptools wheel

@@ -9,7 +9,7 @@ import numpy as np
 from models.config import ModelConfig, RopeScaling
 from models.kernels import Kernels
 from models.layers import Linear, Norm
-from models.segments import Residual, Segment
+from models.segments import COS, FIRST_KEY, SIN, Residual, Segment
 from models.weights import Weight, weights_of
 
 
@@ -35,19 +35,18 @@ class SelfAttention(Segment):
 
     def __init__(self, config: ModelConfig, kernels: Kernels) -> None:
         super().__init__()
-        self.kernel = kernels.Attention(config.heads, config.kv_heads, 1.0 / math.sqrt(config.head_width))
+        scale = 1.0 / math.sqrt(config.head_width)
+        self.kernel = kernels.Attention(config.heads, config.kv_heads, scale, kernels.documents)
 
     def forward(self, x, weights, context):
         """Saves qkv, its output and the log-sum-exp a row, from which the backward makes the scores again."""
-        _, _, first_key, cos, sin = context
-        o, lse = self.kernel.forward(x, cos, sin, first_key)
+        o, lse = self.kernel.forward(x, context[COS], context[SIN], context[FIRST_KEY])
         return o, (x, o, lse)
 
     def backward_input(self, dy, saved, weights, context):
         """No weights: nothing is kept."""
-        _, _, first_key, cos, sin = context
         qkv, o, lse = saved
-        return self.kernel.backward(qkv, cos, sin, first_key, o, lse, dy), ()
+        return self.kernel.backward(qkv, context[COS], context[SIN], context[FIRST_KEY], o, lse, dy), ()
 
 
 def attention_block(config: ModelConfig, layer: int, kernels: Kernels, rounding: str) -> Residual:

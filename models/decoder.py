@@ -50,12 +50,16 @@ class Decoder(Chain):
         """Loss sum [1] and what was saved."""
         return super().forward(x, self.untied(weights), context)
 
-    def backward(self, dy, saved, weights, context):
+    def backward_input(self, dy, saved, weights, context):
+        """The gradient of the embedding's output, and what the weights' gradients need."""
+        return super().backward_input(dy, saved, self.untied(weights), context)
+
+    def backward_weight(self, kept):
         """Gradients in the order of `weights`; a tied head's joins the embedding's."""
-        dx, gradients = super().backward(dy, saved, self.untied(weights), context)
+        gradients = super().backward_weight(kept)
         if self.tied:
             gradients = (gradients[0] + gradients[-1],) + gradients[1:-1]
-        return dx, gradients
+        return gradients
 
     def untied(self, weights):
         """The weights with the tied one in both of its places."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import mindspore as ms
-from mindspore import ops
+from mindspore import nn, ops
 
 from models.kernels import Kernels
-from models.segments import Segment
+from models.segments import TOKENS, Segment
 from models.weights import Weight
 
 
-class Rounding(Segment):
+class Rounding(nn.Cell):
     """How a linear's operands enter its matmul: as they are, or as bfloat16.
 
     `none` leaves them alone; `emulated` rounds to bfloat16 and multiplies in fp32 (the CPU backend has no bf16
@@ -18,7 +18,7 @@ class Rounding(Segment):
     """
 
     def __init__(self, kind: str) -> None:
-        super().__init__()
+        super().__init__(auto_prefix=False)
         self.kind = kind
         self.cast = ops.Cast()
 
@@ -32,8 +32,12 @@ class Rounding(Segment):
         return self.cast(rounded, ms.float32)
 
     def like(self, gradient, tensor):
-        """`gradient` in the dtype of what it is the gradient of: a matmul's result may be narrower."""
+        """An input's gradient in the input's dtype: a matmul's result may be narrower."""
         return self.cast(gradient, tensor.dtype) if self.kind == "native" else gradient
+
+    def master(self, gradient):
+        """A weight's gradient in the dtype of the master weights."""
+        return self.cast(gradient, ms.float32) if self.kind == "native" else gradient
 
 
 class Linear(Segment):
@@ -58,15 +62,14 @@ class Linear(Segment):
     def backward_input(self, dy, saved, weights, context):
         """dx = dy w."""
         dx = self.input_matmul(self.rounding.operand(dy), self.rounding.operand(weights[0]))
-        return self.rounding.like(dx, saved[0]), (dy, saved[0], weights)
+        return self.rounding.like(dx, saved[0]), (dy, saved[0])
 
     def backward_weight(self, kept):
         """dw = dy^T x, db = the column sums of dy."""
-        dy, x, weights = kept
-        dw = self.weight_matmul(self.rounding.operand(dy), self.rounding.operand(x))
-        dw = self.rounding.like(dw, weights[0])
+        dy, x = kept
+        dw = self.rounding.master(self.weight_matmul(self.rounding.operand(dy), self.rounding.operand(x)))
         if self.has_bias:
-            return dw, self.rounding.like(self.column_sum(dy, 0), weights[1])
+            return dw, self.rounding.master(self.column_sum(dy, 0))
         return (dw,)
 
 
@@ -96,8 +99,8 @@ class Embedding(Segment):
 
     def forward(self, x, weights, context):
         """Looks up the context's tokens; `x` is not read."""
-        return self.kernel.forward(context[0], weights[0]), ()
+        return self.kernel.forward(context[TOKENS], weights[0]), ()
 
     def backward_input(self, dy, saved, weights, context):
         """Adds the rows of dy up by token."""
-        return dy, (self.kernel.backward(context[0], dy, weights[0]),)
+        return dy, (self.kernel.backward(context[TOKENS], dy, weights[0]),)

@@ -6,7 +6,7 @@ import mindspore as ms
 from mindspore import ops
 
 from models.kernels import Kernels
-from models.segments import Segment
+from models.segments import LABELS, Segment
 
 
 class CrossEntropySum(Segment):
@@ -22,7 +22,7 @@ class CrossEntropySum(Segment):
 
     def forward(self, x, weights, context):
         """Saves the logits and their log-sum-exp. Logits of a bf16 matmul are widened first."""
-        labels = context[1]
+        labels = context[LABELS]
         if x.dtype == ms.bfloat16:
             x = ops.cast(x, ms.float32)
         lse, target = self.kernel.forward(x, labels)
@@ -30,7 +30,7 @@ class CrossEntropySum(Segment):
 
     def backward_input(self, dy, saved, weights, context):
         """The gradient of the sum: dy is not read, as it is one."""
-        labels = context[1]
+        labels = context[LABELS]
         logits, lse = saved
         return self.kernel.backward(logits, labels, lse, self.valid(labels, logits)), ()
 

@@ -6,7 +6,8 @@ pipeline may run the weight gradients later: `dx, kept = backward_input(...)`, `
 Segments nest: a `Chain` of segments is a segment, a `Residual` is a chain with a skip connection.
 
 `weights` is a tuple in the order of `segment.weights`; `context` is what all segments of a step share:
-(tokens_T, labels_T, first_key_T, cos_SR, sin_SR). The methods run inside a compiled graph.
+(tokens_T, labels_T, first_key_T, cos_SR, sin_SR), at the places that the constants below name. The methods run
+inside a compiled graph.
 
 Shape suffixes: T tokens (batch x sequence), S sequence, H hidden, R half of a head's width, V vocabulary.
 """
@@ -18,6 +19,9 @@ from collections.abc import Sequence
 from mindspore import nn
 
 from models.weights import Weight
+
+TOKENS, LABELS, FIRST_KEY, COS, SIN = range(5)
+"""Places in `context`."""
 
 
 class Segment(nn.Cell):
@@ -65,15 +69,22 @@ class Chain(Segment):
             saved = saved + (segment_saved,)
         return x, saved
 
-    def backward(self, dy, saved, weights, context):
-        """Every segment's backward, last first."""
-        gradients = ()
+    def backward_input(self, dy, saved, weights, context):
+        """Every segment's input gradient, last first; `kept` holds one entry a segment."""
+        kept = ()
         for j in range(len(self.spans)):
             i = len(self.spans) - 1 - j
             start, stop = self.spans[i]
-            dy, segment_gradients = self.segments[i].backward(dy, saved[i], weights[start:stop], context)
-            gradients = segment_gradients + gradients
-        return dy, gradients
+            dy, segment_kept = self.segments[i].backward_input(dy, saved[i], weights[start:stop], context)
+            kept = (segment_kept,) + kept
+        return dy, kept
+
+    def backward_weight(self, kept):
+        """Every segment's weight gradients."""
+        gradients = ()
+        for i, segment in enumerate(self.segments):
+            gradients = gradients + segment.backward_weight(kept[i])
+        return gradients
 
 
 class Residual(Chain):
@@ -84,7 +95,7 @@ class Residual(Chain):
         y, saved = super().forward(x, weights, context)
         return x + y, saved
 
-    def backward(self, dy, saved, weights, context):
+    def backward_input(self, dy, saved, weights, context):
         """The chain's input gradient added to dy."""
-        dx, gradients = super().backward(dy, saved, weights, context)
-        return dy + dx, gradients
+        dx, kept = super().backward_input(dy, saved, weights, context)
+        return dy + dx, kept

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 
 from models.checks import check, check_at_least
+from models.config import nearest_divisor
 
 ORDER = ("tp", "cp", "dp", "pp")
 
@@ -63,8 +64,8 @@ class Layout:
     def _expert_remedy(self, stage: int) -> str:
         for axis, other in (("ep", self.etp), ("etp", self.ep)):
             if stage % other == 0:
-                return f"set layout.{axis}={_nearest_divisor(stage // other, getattr(self, axis))} (the nearest)"
-        return f"set layout.ep={_nearest_divisor(stage, self.ep)} (the nearest) and layout.etp=1"
+                return f"set layout.{axis}={nearest_divisor(stage // other, getattr(self, axis))} (the nearest)"
+        return f"set layout.ep={nearest_divisor(stage, self.ep)} (the nearest) and layout.etp=1"
 
     @property
     def world_size(self) -> int:
@@ -111,9 +112,3 @@ class Layout:
             f"set train.global_batch={f'{below} or {above}' if below else above} (the nearest)",
         )
         return count
-
-
-def _nearest_divisor(number: int, wanted: int) -> int:
-    """The divisor of `number` nearest to `wanted`, the smaller of two that are equally near."""
-    divisors = (divisor for divisor in range(1, number + 1) if number % divisor == 0)
-    return min(divisors, key=lambda divisor: (abs(divisor - wanted), divisor))

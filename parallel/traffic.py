@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from parallel.mesh import Axes, Mesh
 
-DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int32": 4}
+DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "int32": 4}
 
 
 def _ring(factor: Callable[[int], float]) -> Callable[[int, int, int], dict[int, float]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from models.decoder import Decoder
 from models.weights import initial_reader
 from parallel import collectives as coll
 from parallel.apply import parallelize
-from parallel.collectives import Collectives
+from parallel.collectives import Collectives, World
 from parallel.mesh import Mesh
 from trainer import checkpoint, machine, metrics
 from trainer.callbacks.base import Callback
@@ -28,18 +29,18 @@ from trainer.callbacks.files import MetricsFile, TensorBoard
 from trainer.callbacks.signals import Signals
 from trainer.callbacks.summary import Summary
 from trainer.checkpoint import Checkpoint
-from trainer.convert import read_weights
 from trainer.data.blend import Blend
 from trainer.data.loader import Batch, Loader, evaluation_batches
 from trainer.data.prepare import Corpus, prepare
 from trainer.launch.rank import StopSignal
 from trainer.loop import Loop
 from trainer.meter import Meter
+from trainer.precision import Precision
+from trainer.precision import choose as choose_precision
 from trainer.recipe import Recipe
 from trainer.run_directory import RunDirectory
-from trainer.step import DTYPES, Finish, Gradients, TrainStep, Weights
-
-PEAK_DTYPE = {"fp32": "float32", "bf16": "bfloat16", "fp64": "float64"}
+from trainer.step import Finish, Gradients, TrainStep, Weights
+from trainer.weight_files import read_weights
 
 
 def connect(recipe: Recipe) -> Collectives:
@@ -56,13 +57,14 @@ def build(
     """The loop of this rank, at the step from which the run goes on. `extra` callbacks come last."""
     say = _speaker(console, collectives.rank)
     mesh, rank = collectives.mesh, collectives.rank
-    precision = machine.precision(recipe.train, machine.device())
-    dtype = DTYPES[precision]
-    table = kernels.choose(recipe.train.kernels, precision, machine.device())
-    model = Decoder(recipe.model, table, _rounding(precision))
+    device = machine.device()
+    precision = choose_precision(recipe.train.precision, device)
+    dtype = precision.dtype
+    table = kernels.choose(recipe.train.kernels, precision.name, device, recipe.data.mask_documents)
+    model = Decoder(recipe.model, table, precision.rounding)
     parallel = parallelize(model, collectives)
 
-    resumed = _resumed(recipe, run, say)
+    resumed = _resumed(recipe, run, collectives.world, say)
     with _start(recipe, resumed) as read:
         weights = Weights(model.weights, read, dtype)
     if resumed:
@@ -70,7 +72,7 @@ def build(
             with resumed.reader(kind) as read:
                 weights.load(kind, read, dtype)
 
-    corpus = prepare(recipe.data, recipe.model.vocab, recipe.data.seq_len, say)
+    corpus = prepare(recipe.data, recipe.model.vocab, recipe.data.seq_len, say, recipe.train.eval_every > 0)
     loader, holdout = _batches(recipe, corpus, mesh, rank, resumed.state["samples"] if resumed else 0)
     gradients = Gradients(parallel.model, recipe.model, weights, recipe.data.seq_len, dtype)
     finish = Finish(weights, parallel.data, table, recipe.optimizer, dtype)
@@ -80,25 +82,28 @@ def build(
     callbacks = _callbacks(recipe, rank, signal, console, meter) + (extra or [])
     loop = Loop(recipe, run, mesh, collectives, weights, step, loader, holdout, meter, callbacks)
     if rank == 0:
-        _banner(loop, precision, table.describe(), micro_batches, say)
+        _banner(loop, precision.name, table.describe(), micro_batches, say)
         _write_plan(run, mesh)
     if resumed:
         loop.resume(resumed)
     return loop
 
 
-def _rounding(precision: str) -> str:
-    if precision != "bf16":
-        return "none"
-    return "native" if machine.device() == "Ascend" else "emulated"
-
-
-def _resumed(recipe: Recipe, run: RunDirectory, say: Callable[[str], None]) -> Checkpoint | None:
-    if recipe.checkpoint.resume == "none":
-        return None
-    if recipe.checkpoint.resume == "auto":
-        return checkpoint.newest(run.checkpoints, say)
-    return checkpoint.load(Path(recipe.checkpoint.resume))
+def _resumed(recipe: Recipe, run: RunDirectory, world: World, say: Callable[[str], None]) -> Checkpoint | None:
+    """The checkpoint that the run goes on from. Rank 0 decides and checks it; its error is raised on every rank."""
+    verdict: Checkpoint | Exception | None = None
+    if world.rank == 0:
+        try:
+            if recipe.checkpoint.resume == "auto":
+                verdict = checkpoint.newest(run.checkpoints, say)
+            elif recipe.checkpoint.resume != "none":
+                verdict = checkpoint.load(Path(recipe.checkpoint.resume).resolve())
+        except Exception as error:
+            verdict = error
+    verdict = world.broadcast(verdict)
+    if isinstance(verdict, Exception):
+        raise verdict
+    return verdict
 
 
 @contextmanager
@@ -117,13 +122,13 @@ def _start(recipe: Recipe, resumed: Checkpoint | None) -> Iterator[Callable[[Par
 def _batches(recipe: Recipe, corpus: Corpus, mesh: Mesh, rank: int, start: int) -> tuple[Loader, list[Batch]]:
     shape = (recipe.train.global_batch, mesh.size("data"), mesh.index("data", rank), mesh.layout.micro_batch)
     loader = Loader(Blend(corpus.train, corpus.weights, recipe.train.seed), *shape, start=start)
-    if not (recipe.train.eval_every and corpus.holdout):
+    if not corpus.holdout:
         return loader, []
     return loader, list(evaluation_batches(corpus.holdout, recipe.train.eval_batches, *shape))
 
 
-def _meter(recipe: Recipe, mesh: Mesh, precision: str, collectives: Collectives) -> Meter:
-    peak_tflops = recipe.machine.rank.peak_tflops.get(PEAK_DTYPE[precision])
+def _meter(recipe: Recipe, mesh: Mesh, precision: Precision, collectives: Collectives) -> Meter:
+    peak_tflops = recipe.machine.rank.peak_tflops.get(precision.peak)
     return Meter(
         tokens_per_step=recipe.train.global_batch * recipe.data.seq_len,
         seq_len=recipe.data.seq_len,
@@ -177,8 +182,6 @@ def _banner(loop: Loop, precision: str, kernel_line: str, micro_batches: int, sa
 
 
 def _write_plan(run: RunDirectory, mesh: Mesh) -> None:
-    from dataclasses import asdict
-
     layout = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(mesh.layout).items()}
     plan = {"layout": layout, "topology": mesh.topology.name, "placement": list(mesh.placement)}
     with machine.writing_to(run.plan):

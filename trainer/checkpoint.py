@@ -10,24 +10,22 @@ manifest shows later damage. Names and shapes are those of `ModelConfig.paramete
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors import safe_open
 
 from models.config import ParameterSpec
 from trainer.errors import InputError
+from trainer.files import RUNS, flush, sha256_of, write_text
 from trainer.machine import writing_to
+from trainer.weight_files import save_safetensors
 
 STATE = "state.json"
 MANIFEST = "manifest.json"
@@ -69,36 +67,45 @@ class Checkpoint:
             yield read
 
 
-def save(folder: Path, tensors: dict[str, dict[str, np.ndarray]], state: dict[str, Any], keep: int) -> Path:
+def save(
+    folder: Path, kinds: Mapping[str, Callable[[], dict[str, np.ndarray]]], state: dict[str, Any], keep: int
+) -> Path:
     """Write `folder/step-…` for `state["step"]` and drop all but it and the `keep` - 1 before it; its path.
 
-    Those past it go too: the run was resumed from an earlier one, and this one supersedes them.
-    `tensors` is kind -> parameter name -> value. Raises `MachineError` on a full disk or a read-only folder, and
-    then leaves earlier checkpoints as they are.
+    `kinds` is kind -> a function that gives parameter name -> value, so that one kind is held at a time.
+    Raises `MachineError` on a full disk or a read-only folder, and then leaves earlier checkpoints as they are.
     """
-    final = folder / f"step-{state['step']:08d}"
+    final = folder / _name(state["step"])
     unfinished = final.with_name(final.name + UNFINISHED)
     try:
         with writing_to(folder):
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
-            for kind, values in tensors.items():
-                _write(unfinished / f"{kind}.safetensors", lambda path, v=values: _save_tensors(v, path))
-            _write(unfinished / STATE, lambda path: path.write_text(json.dumps(state, indent=1)))
+            for kind, values in kinds.items():
+                save_safetensors(unfinished / f"{kind}.safetensors", values())
+            write_text(unfinished / STATE, json.dumps(state, indent=1), RUNS)
             manifest = {file.name: _fingerprint(file) for file in sorted(unfinished.iterdir())}
-            _write(unfinished / MANIFEST, lambda path: path.write_text(json.dumps(manifest, indent=1)))
+            write_text(unfinished / MANIFEST, json.dumps(manifest, indent=1), RUNS)
             shutil.rmtree(final, ignore_errors=True)
             unfinished.rename(final)
-            _flush(folder)
+            flush(folder)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
-    folders = _folders(folder)
-    kept = folders[: folders.index(final) + 1][-keep:]
-    for old in folders:
-        if old not in kept:
-            shutil.rmtree(old, ignore_errors=True)
+    for old in _folders(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def drop_after(folder: Path, step: int) -> None:
+    """Remove checkpoints past `step`: the run goes on from there, and they are no longer part of it."""
+    for path in _folders(folder):
+        if path.name > _name(step):
+            shutil.rmtree(path)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 def check(path: Path) -> None:
@@ -121,12 +128,18 @@ def load(path: Path) -> Checkpoint:
 
 
 def newest(folder: Path, report: Callable[[str], None]) -> Checkpoint | None:
-    """The newest whole checkpoint in `folder`; damaged ones are reported and passed over."""
-    for path in reversed(_folders(folder)):
+    """The newest whole checkpoint in `folder`, None if there is none yet; damaged ones are reported and passed over.
+
+    Raises `InputError` where all are damaged.
+    """
+    folders = _folders(folder)
+    for path in reversed(folders):
         try:
             return load(path)
         except InputError as error:
             report(f"passing over a damaged checkpoint: {error}")
+    if folders:
+        raise InputError(f"{folder} holds no whole checkpoint; name one with checkpoint.resume=PATH, or start anew")
     return None
 
 
@@ -134,30 +147,5 @@ def _folders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if path.is_dir() and path.suffix != UNFINISHED)
 
 
-def _save_tensors(values: dict[str, np.ndarray], path: Path) -> None:
-    """`save_file`, with the operating system's error where its own hides one, as on a full disk."""
-    try:
-        save_file(values, path)
-    except SafetensorError as error:
-        hidden = re.search(r"\(os error (\d+)\)", str(error))
-        if hidden is None:
-            raise
-        raise OSError(int(hidden[1]), os.strerror(int(hidden[1]))) from error
-
-
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    write(path)
-    _flush(path)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _fingerprint(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}

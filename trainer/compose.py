@@ -129,6 +129,6 @@ def _run_name(name: str) -> str:
     file = Path(name)
     if file.suffix not in (".yaml", ".yml"):
         return name
-    if file.stem in ("recipe", "plan"):
+    if file.stem == "recipe":
         return file.resolve().parent.name.rstrip("0123456789").rstrip("-") or file.stem
     return file.stem

@@ -1,4 +1,4 @@
-"""The ways in which a command can end, each with its exit code (docs/exit-codes in README).
+"""The ways in which a command can end, each with its exit code (README lists them).
 
 0 is success and 1 anything that is not listed here; recipe errors (`models.checks.ConfigError`) are 2.
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from models.config import ModelConfig
 from parallel.collectives import Collectives
@@ -14,7 +14,7 @@ from trainer import metrics
 from trainer.callbacks.base import Callback
 from trainer.checkpoint import Checkpoint
 from trainer.data.loader import Batch, Loader
-from trainer.errors import NotFiniteError, Stopped
+from trainer.errors import InputError, NotFiniteError, Stopped
 from trainer.lr import LearningRate
 from trainer.meter import Meter
 from trainer.recipe import Recipe
@@ -56,11 +56,14 @@ class Loop:
 
     def fit(self) -> None:
         """Train to the last step. Raises `Stopped` after a signal, `NotFiniteError` on a bad loss."""
-        self.call("on_start")
-        while self.step < self.last_step and not self.stopped:
-            self.advance()
-        self.status = "stopped" if self.stopped else "done"
-        self.call("on_end")
+        try:
+            self.call("on_start")
+            while self.step < self.last_step and not self.stopped:
+                self.advance()
+            self.status = "stopped" if self.stopped else "done"
+            self.call("on_end")
+        finally:
+            self.call("on_close")
         if self.stopped:
             raise Stopped(f"stopped by a signal after step {self.step}; the state is saved in {self.run.checkpoints}")
 
@@ -97,19 +100,31 @@ class Loop:
         rate = self.rates.rate(self.step + 1)
         outcome = self.train_step(batch, rate, self.step + 1, self.stop_requested)
         self.step += 1
-        self._check_finite(outcome)
+        self._check(outcome)
         self.meter.add(outcome, rate, self.loader.consumed, time.perf_counter() - begin, self.loader.wait_s)
         return outcome
 
-    def _check_finite(self, outcome: Outcome) -> None:
-        if math.isfinite(outcome.loss) and math.isfinite(outcome.grad_norm):
-            return
+    def _check(self, outcome: Outcome) -> None:
+        if outcome.tokens == 0:
+            raise InputError(
+                f"step {self.step}: no token of the batch has a label; see to data.sources, where prompts take no loss"
+            )
+        if not (math.isfinite(outcome.loss) and math.isfinite(outcome.grad_norm)):
+            self._end_not_finite(loss=outcome.loss, grad_norm=outcome.grad_norm)
+
+    def _end_not_finite(self, **values: float) -> NoReturn:
         self.status = "not_finite"
-        self.event("not_finite", loss=repr(outcome.loss), grad_norm=repr(outcome.grad_norm))
+        self.event("not_finite", **{name: repr(value) for name, value in values.items()})
         self.collectives.world.barrier()  # the first rank to raise ends the others, and rank 0 is still writing
+        names = {
+            metrics.LOSS: "the loss",
+            metrics.GRAD_NORM: "the gradient norm",
+            metrics.EVAL_LOSS: "the held-out loss",
+        }
+        what = " and ".join(f"{names[key]} is {value}" for key, value in values.items())
         raise NotFiniteError(
-            f"step {self.step}: the loss is {outcome.loss} and the gradient norm {outcome.grad_norm}; the last good "
-            "checkpoint stands; resume from it with a smaller optimizer.lr or a longer lr.warmup"
+            f"step {self.step}: {what}; the last good checkpoint stands: go on from it under another train.name, with "
+            f"checkpoint.resume={self.run.checkpoints}/step-… and a smaller optimizer.lr or a longer lr.warmup"
         )
 
     def _evaluates(self) -> bool:
@@ -118,5 +133,7 @@ class Loop:
 
     def _evaluate(self) -> None:
         loss = self.train_step.evaluate(self.holdout)
+        if not math.isfinite(loss):
+            self._end_not_finite(eval_loss=loss)
         self.meter.eval_loss = loss
         self.call("on_evaluation", {metrics.STEP: self.step, metrics.EVAL_LOSS: loss})

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import glob
 import os
 import resource
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -14,25 +16,21 @@ from pathlib import Path
 import psutil
 
 from models.config import ModelConfig
+from parallel.topology import Topology
 from trainer.errors import MachineError
-from trainer.settings import TrainSettings
 
 GIB = 2**30
+PR_SET_PDEATHSIG = 1
 RESERVE_GIB = 0.6
 """What one rank takes before any model: MindSpore's libraries and runtime, measured on CPU."""
+
+SMALLER = "make the model, layout.micro_batch or data.seq_len smaller, or use a larger machine"
 
 
 @cache
 def device() -> str:
     """`Ascend` where the driver shows a device, else `CPU`."""
     return "Ascend" if glob.glob("/dev/davinci[0-9]*") else "CPU"
-
-
-def precision(settings: TrainSettings, device_name: str) -> str:
-    """`train.precision` with `auto` decided."""
-    if settings.precision != "auto":
-        return settings.precision
-    return "bf16" if device_name == "Ascend" else "fp32"
 
 
 def available_memory_gib() -> float:
@@ -49,13 +47,15 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
 
 
-def needed_memory_gib(model: ModelConfig, tokens: int, item_bytes: int, accumulates: bool) -> float:
+def needed_memory_gib(
+    model: ModelConfig, tokens: int, item_bytes: int, accumulates: bool = False, reduces: bool = False
+) -> float:
     """Memory that one rank needs for a step on `tokens` tokens at once.
 
-    Weights, gradients and two moments (and the accumulated gradients), what the segments save, the gradient of
-    the logits beside them, and the process itself.
+    Weights, gradients and two moments; the accumulated gradients; the reduced gradients and the message that they
+    travel in; what the segments save, the gradient of the logits beside them, and the process itself.
     """
-    copies = 5 if accumulates else 4
+    copies = 4 + accumulates + 2 * reduces
     elements = copies * model.parameter_count + tokens * (model.saved_elements_per_token() + model.vocab)
     return elements * item_bytes / GIB + RESERVE_GIB
 
@@ -66,25 +66,51 @@ def check_memory(needed_gib_a_rank: float, ranks: int) -> None:
     if needed > available:
         each = f" ({needed_gib_a_rank:,.1f} for each of {ranks} ranks)" if ranks > 1 else ""
         raise MachineError(
-            f"this recipe needs {needed:,.1f} GiB{each}, but this machine has {available:,.1f} GiB free; "
-            "make the model, layout.micro_batch or data.seq_len smaller, or use a larger machine"
+            f"this recipe needs {needed:,.1f} GiB{each}, but this machine has {available:,.1f} GiB free; {SMALLER}"
         )
 
 
+def check_device_memory(needed_gib_a_rank: float, topology: Topology) -> None:
+    """Raise `MachineError` unless one rank fits into the memory of its device, where the topology knows it."""
+    available = topology.rank.memory_gib
+    if available is not None and needed_gib_a_rank > available:
+        raise MachineError(
+            f"this recipe needs {needed_gib_a_rank:,.1f} GiB a rank, but a {topology.rank.name} of {topology.name} has "
+            f"{available:,.1f} GiB; {SMALLER}"
+        )
+
+
+_REMEDIES = {
+    (errno.ENOSPC, errno.EDQUOT): "free some space or {set_to} another disk",
+    (errno.EFBIG,): "raise the limit on a file's size (ulimit -f) or {set_to} another disk",
+    (errno.EACCES, errno.EPERM, errno.EROFS): "{set_to} a folder that can be written",
+    (errno.ENOTDIR,): "{set_to} a folder",
+    (errno.ENOENT, errno.EEXIST, errno.EISDIR, errno.ENOTEMPTY, errno.ELOOP, errno.ENAMETOOLONG, errno.EXDEV): (
+        "{set_to} another folder"
+    ),
+    (errno.EIO, errno.ENODEV, errno.ENXIO, errno.EREMOTEIO, errno.ESTALE, errno.ETIMEDOUT, errno.EBUSY): (
+        "see to the disk or {set_to} another one"
+    ),
+}
+"""What helps against each error that is the fault of the disk or of the path, and not of the program."""
+
+
 @contextmanager
-def writing_to(path: Path) -> Iterator[None]:
-    """Turns a full disk and missing permissions on `path` into a `MachineError` that says so."""
+def writing_to(path: Path | str, set_to: str = "set train.out to") -> Iterator[None]:
+    """Turns an error of the disk or the path, while `path` is written, into a `MachineError` that says so.
+
+    `set_to` begins the remedy: what the user sets to have it written elsewhere.
+    """
     try:
         yield
     except OSError as error:
-        remedies = {
-            errno.ENOSPC: "free some space or set train.out to another disk",
-            errno.EDQUOT: "free some space or set train.out to another disk",
-            errno.EROFS: "set train.out to a folder that can be written",
-            errno.EACCES: "set train.out to a folder that can be written",
-            errno.EPERM: "set train.out to a folder that can be written",
-            errno.ENOTDIR: "set train.out to a folder",
-        }
-        if error.errno not in remedies:
+        remedy = next((text for numbers, text in _REMEDIES.items() if error.errno in numbers), None)
+        if remedy is None:
             raise
-        raise MachineError(f"cannot write {path}: {os.strerror(error.errno)}; {remedies[error.errno]}") from error
+        reason = os.strerror(error.errno)
+        raise MachineError(f"cannot write {path}: {reason}; {remedy.format(set_to=set_to)}") from error
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent ends (Linux)."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -61,9 +61,9 @@ class Recipe:
             f"must equal launcher.ranks {self.launcher.ranks}, but is {self.layout.dp}",
             "leave one of them out, and it follows from the other",
         )
-        self.parallel_layout = Layout(
-            dp=self.layout.dp or self.launcher.ranks or 1, micro_batch=self.layout.micro_batch
-        )
+        dp = self.layout.dp or self.launcher.ranks or 1
+        share = max(1, self.train.global_batch // dp)
+        self.parallel_layout = Layout(dp=dp, micro_batch=self.layout.micro_batch or share)
         self.parallel_layout.check_batch(self.train.global_batch)
         self.machine.check_fits(self.parallel_layout.world_size)
 
@@ -152,3 +152,15 @@ def _wrong_value(error: OmegaConfBaseException, config: DictConfig) -> str:
     if kind is None or "[" in key:
         return f"{key}: {str(error).splitlines()[0].rstrip('.')}"
     return f"{key} must be of type {kind}, but is {OmegaConf.select(config, key)!r}"
+
+
+def key_reference() -> str:
+    """docs/keys.md: every key as a Markdown table, made from the dataclasses."""
+    lines = ["# Keys of a recipe", "", "Made from the dataclasses by `python -m trainer.recipe > docs/keys.md`.", ""]
+    lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
+    lines += [f"| `{key}` | {kind} | {default} | {meaning} |" for key, kind, default, meaning in all_keys()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(key_reference())

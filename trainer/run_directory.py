@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from models.checks import ConfigError
 from trainer.errors import MachineError
 from trainer.machine import writing_to
-from trainer.recipe import Recipe, resolved
+from trainer.recipe import Recipe, resolved, typed
 
 MAY_CHANGE = (
     "train.steps", "train.stop_at", "train.eval_every", "train.eval_batches", "train.log_every", "train.name",
@@ -78,15 +78,6 @@ class RunDirectory:
         """Folder of the ranks' logs."""
         return self.path / "logs"
 
-    def create(self, recipe: Recipe) -> None:
-        """Make the folders and write the resolved recipe. Raises `MachineError` where that is not possible."""
-        with writing_to(self.path):
-            for folder in (self.tensorboard, self.checkpoints, self.logs):
-                folder.mkdir(parents=True, exist_ok=True)
-            unfinished = self.recipe.with_suffix(".unfinished")
-            unfinished.write_text(resolved(recipe))
-            unfinished.replace(self.recipe)
-
     def wait_for(self, recipe: Recipe, seconds: float = WAIT_SECONDS) -> None:
         """Wait until rank 0, on another node perhaps, has made this directory for `recipe`.
 
@@ -104,33 +95,65 @@ class RunDirectory:
 
 def named(recipe: Recipe) -> RunDirectory:
     """The directory of a run that has a name."""
-    return RunDirectory(Path(recipe.train.out).expanduser() / recipe.train.name)
+    return RunDirectory(_out(recipe) / recipe.train.name)
 
 
-def choose(recipe: Recipe, name: str) -> RunDirectory:
-    """The directory of a run: `train.name`, or `name` and a number.
+def create(recipe: Recipe, name: str) -> tuple[RunDirectory, bool]:
+    """The directory of a run, with its folders and the resolved recipe in it, and whether it is new.
 
-    An existing one is taken only to resume it, and only by a recipe that agrees with its own. With
-    `checkpoint.resume=auto` and no `train.name`, the newest run of this recipe goes on if there is one.
-    Raises `ConfigError` otherwise.
+    It is `train.name`, or `name` and the first free number. An existing one is taken only to resume it, and only by
+    a recipe that agrees with its own; with `checkpoint.resume=auto` and no `train.name`, the run of this recipe that
+    was started last goes on, if there is one. Raises `ConfigError` otherwise, `MachineError` where nothing can be
+    written.
     """
-    out = Path(recipe.train.out).expanduser()
-    numbers = _numbers(out, name)
+    run = _existing(recipe, name)
+    new = run is None
+    if run is not None:
+        _check_may_resume(run, recipe)
+    else:
+        run = _new(recipe, name)
+    with writing_to(run.path):
+        for folder in (run.tensorboard, run.checkpoints, run.logs):
+            folder.mkdir(parents=True, exist_ok=True)
+        unfinished = run.recipe.with_suffix(".unfinished")
+        unfinished.write_text(resolved(recipe))
+        unfinished.replace(run.recipe)
+    return run, new
+
+
+def _existing(recipe: Recipe, name: str) -> RunDirectory | None:
     if recipe.train.name is not None:
         run = named(recipe)
-    elif recipe.checkpoint.resume == "auto" and numbers:
-        run = RunDirectory(out / f"{name}-{max(numbers)}")
-    else:
-        return RunDirectory(out / f"{name}-{next(n for n in range(1, len(numbers) + 2) if n not in numbers)}")
-    if run.path.exists():
-        _check_may_resume(run, recipe)
-    return run
+        return run if run.path.exists() else None
+    runs = _numbered(recipe, name).values() if recipe.checkpoint.resume == "auto" else ()
+    begun = [run for run in runs if run.recipe.is_file()]
+    return max(begun, key=lambda run: run.recipe.stat().st_mtime, default=None)
 
 
-def _numbers(out: Path, name: str) -> set[int]:
+def _new(recipe: Recipe, name: str) -> RunDirectory:
+    """Makes the folder, and takes the next number where another run was quicker."""
+    while True:
+        taken = _numbered(recipe, name)
+        number = next(n for n in range(1, len(taken) + 2) if n not in taken)
+        run = named(recipe) if recipe.train.name else RunDirectory(_out(recipe) / f"{name}-{number}")
+        with writing_to(run.path):
+            try:
+                run.path.mkdir(parents=True)
+            except FileExistsError:
+                if not recipe.train.name:
+                    continue
+                _check_may_resume(run, recipe)
+        return run
+
+
+def _out(recipe: Recipe) -> Path:
+    return Path(recipe.train.out).expanduser()
+
+
+def _numbered(recipe: Recipe, name: str) -> dict[int, RunDirectory]:
     pattern = re.compile(re.escape(name) + r"-(\d+)")
-    entries = out.iterdir() if out.is_dir() else ()
-    return {int(match.group(1)) for entry in entries if (match := pattern.fullmatch(entry.name))}
+    entries = _out(recipe).iterdir() if _out(recipe).is_dir() else ()
+    return {int(match[1]): RunDirectory(entry) for entry in entries if (match := pattern.fullmatch(entry.name))}
 
 
 def _check_may_resume(run: RunDirectory, recipe: Recipe) -> None:
@@ -170,6 +193,4 @@ def _flat(tree: dict, prefix: str = "") -> dict[str, object]:
 
 def load_recipe(run: RunDirectory) -> Recipe:
     """The recipe that a run directory holds."""
-    from trainer.recipe import typed
-
     return typed(OmegaConf.load(run.recipe))

@@ -118,13 +118,13 @@ class LayoutSettings:
 
     dp: int | None = None
     """Ranks that share the global batch (data parallelism); left out, it follows from `launcher.ranks`."""
-    micro_batch: int = 1
-    """Sequences that one rank computes at once; gradients add up over micro-batches."""
+    micro_batch: int | None = 1
+    """Sequences that one rank computes at once; gradients add up over micro-batches. `null`: a rank's whole share."""
 
     def __post_init__(self) -> None:
-        check_at_least("layout.micro_batch", self.micro_batch, 1)
-        if self.dp is not None:
-            check_at_least("layout.dp", self.dp, 1)
+        for name in ("dp", "micro_batch"):
+            if getattr(self, name) is not None:
+                check_at_least(f"layout.{name}", getattr(self, name), 1)
 
 
 @dataclass

@@ -7,6 +7,7 @@ the end, as the count is not known before every rank has seen its tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -23,18 +24,15 @@ from parallel.data import DataParallel
 from trainer.data.loader import Batch
 from trainer.settings import OptimizerSettings
 
-DTYPES = {"fp32": np.float32, "bf16": np.float32, "fp64": np.float64}
-"""Dtype of weights, gradients and optimizer state by `train.precision`."""
-
 
 @dataclass(frozen=True)
 class Outcome:
     """What one step says of itself, summed over all ranks."""
 
     loss: float
-    """Mean cross-entropy over the valid tokens."""
+    """Mean cross-entropy over the valid tokens; NaN where there are none."""
     tokens: int
-    """Valid tokens."""
+    """Valid tokens: exact up to 2^24 in fp32, and rounded beyond."""
     grad_norm: float
     """Global norm of the mean loss's gradient, before clipping."""
     stop_requested: bool
@@ -207,15 +205,15 @@ class TrainStep:
                 self.accumulate(*_tensors(batch, i))
             statistics = self.finish(*scalars)
         loss, tokens, norm, stops = (float(value) for value in statistics.asnumpy())
-        return Outcome(loss / max(tokens, 1.0), int(tokens), norm, stops > 0)
+        return Outcome(loss / tokens if tokens else math.nan, int(tokens), norm, stops > 0)
 
     def evaluate(self, batches: Sequence[Batch]) -> float:
-        """Mean loss over all valid tokens of `batches`, on all ranks."""
+        """Mean loss over all valid tokens of `batches`, on all ranks; NaN where there are none."""
         sums = np.zeros(2)
         for batch in batches:
             for i in range(len(batch.tokens)):
                 sums += self.evaluation(*_tensors(batch, i)).asnumpy()
-        return float(sums[0] / max(sums[1], 1.0))
+        return float(sums[0] / sums[1]) if sums[1] else math.nan
 
     def _scalar(self, value: float) -> Tensor:
         return Tensor(np.array([value], self.dtype))

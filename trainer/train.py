@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -11,13 +14,12 @@ from omegaconf import OmegaConf
 
 from models.checks import ConfigError
 from models.config import ModelConfig
-from trainer import checkpoint, launch, machine, run_directory
+from trainer import checkpoint, launch, machine, precision, run_directory
 from trainer.compose import BUILT_IN, Composed, compose_recipe, known_recipes, sweep
 from trainer.data import prepare
 from trainer.errors import EXIT_DONE, InputError
 from trainer.recipe import Recipe, all_keys
-
-ITEM_BYTES = {"fp32": 4, "bf16": 4, "fp64": 8}
+from trainer.run_directory import RunDirectory
 
 
 def register(parser: argparse.ArgumentParser) -> None:
@@ -63,6 +65,7 @@ def train(recipe: Recipe, name: str) -> int:
     """Check everything that can be checked, errors of the recipe first, then become a rank or start the ranks."""
     recipe = _with_world(recipe)
     ranks, device = recipe.parallel_layout.world_size, machine.device()
+    precision.choose(recipe.train.precision, device)
     kind = launch.choose(recipe.launcher, ranks, device)
     prepare.check(recipe.data, recipe.model.vocab)
     _check_start(recipe)
@@ -71,16 +74,43 @@ def train(recipe: Recipe, name: str) -> int:
     cluster = launch.resolve(recipe.launcher, os.environ) if kind == "msrun" else None
     if cluster and cluster.nodes > 1:
         _check_named(recipe, f"{cluster.nodes} nodes")
-    first = cluster is None or cluster.node_rank == 0
-    run = run_directory.choose(recipe, name) if first else run_directory.named(recipe)
-    start = launch.compose(recipe.launcher, ranks, run.path, device)
-    _check_memory(recipe, len(start.ranks))
-    if first:
-        run.create(recipe)
-    else:
-        run.wait_for(recipe)
-    prepare.prepare(recipe.data, recipe.model.vocab, recipe.data.seq_len, lambda line: print(line, flush=True))
+    with _run_directory(recipe, name, first=cluster is None or cluster.node_rank == 0) as run:
+        start = launch.compose(recipe.launcher, ranks, run.path, device)
+        _check_memory(recipe, len(start.ranks))
+        _prepare(recipe)
     return launch.supervise(start)
+
+
+@contextmanager
+def _run_directory(recipe: Recipe, name: str, first: bool) -> Iterator[RunDirectory]:
+    """The run directory, made by the `first` node or rank and awaited by others; an error inside unmakes a new one."""
+    if not first:
+        run = run_directory.named(recipe)
+        run.wait_for(recipe)
+        yield run
+        return
+    out = Path(recipe.train.out).expanduser()
+    had_out = out.exists()
+    run, new = run_directory.create(recipe, name)
+    try:
+        yield run
+    except BaseException:
+        if new:
+            shutil.rmtree(run.path, ignore_errors=True)
+            if not had_out:
+                with suppress(OSError):  # another run may have begun in it
+                    out.rmdir()
+        raise
+
+
+def _prepare(recipe: Recipe) -> None:
+    """Tokenise once on this node, before ranks start; they find it in the cache."""
+    evaluates = recipe.train.eval_every > 0
+    prepare.prepare(recipe.data, recipe.model.vocab, recipe.data.seq_len, _say, evaluates)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 def _with_world(recipe: Recipe) -> Recipe:
@@ -96,14 +126,12 @@ def _be_a_rank(recipe: Recipe, name: str) -> int:
     rank, size = launch.world_from_environment(os.environ)
     if size > 1:
         _check_named(recipe, f"{size} ranks that Busway did not start")
-    if rank == 0:
-        run = run_directory.choose(recipe, name)
-        _check_memory(recipe, 1)
-        run.create(recipe)
-    else:
-        run = run_directory.named(recipe)
-        run.wait_for(recipe)
-    os.environ.update(launch.rank_environment(os.environ, size, len(os.sched_getaffinity(0)), machine.device()))
+    local = launch.local_size(os.environ, size)
+    with _run_directory(recipe, name, first=rank == 0) as run:
+        _check_memory(recipe, local)
+        if rank == 0:
+            _prepare(recipe)
+    os.environ.update(launch.rank_environment(os.environ, local, len(os.sched_getaffinity(0)), machine.device()))
     from trainer.worker import work
 
     return work(recipe, run, rank)
@@ -120,7 +148,7 @@ def _check_start(recipe: Recipe) -> None:
     if resume not in ("none", "auto"):
         checkpoint.check(Path(resume))
     if init_from:
-        from trainer.convert import read_weights
+        from trainer.weight_files import read_weights
 
         theirs, ours = (_function_of(config) for config in (read_weights(init_from).config, recipe.model))
         for key, value in ours.items():
@@ -138,26 +166,15 @@ def _function_of(model: ModelConfig) -> dict[str, object]:
 
 
 def _check_memory(recipe: Recipe, local_ranks: int) -> None:
-    if machine.device() == "Ascend":
-        return  # the ranks' memory is on the devices, and this machine's says nothing of it
-    precision = machine.precision(recipe.train, machine.device())
     layout = recipe.parallel_layout
     needed = machine.needed_memory_gib(
         recipe.model,
         layout.micro_batch * recipe.data.seq_len,
-        ITEM_BYTES[precision],
+        precision.choose(recipe.train.precision, machine.device()).item_bytes,
         accumulates=layout.check_batch(recipe.train.global_batch) > 1,
+        reduces=layout.world_size > 1,
     )
-    machine.check_memory(needed, local_ranks)
-
-
-def key_reference() -> str:
-    """docs/keys.md: every key as a Markdown table, made from the dataclasses."""
-    lines = ["# Keys of a recipe", "", "Made from the dataclasses by `python -m trainer.train > docs/keys.md`.", ""]
-    lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
-    lines += [f"| `{key}` | {kind} | {default} | {meaning} |" for key, kind, default, meaning in all_keys()]
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    print(key_reference())
+    if machine.device() == "Ascend":
+        machine.check_device_memory(needed, recipe.machine)
+    else:
+        machine.check_memory(needed, local_ranks)

@@ -11,7 +11,7 @@ from trainer.build import build, connect
 from trainer.compose import compose_recipe
 from trainer.data.indexed import IndexedWriter
 from trainer.launch.rank import StopSignal
-from trainer.run_directory import RunDirectory
+from trainer.run_directory import create
 
 with tempfile.TemporaryDirectory() as folder:
     tokens = np.random.default_rng(0).integers(0, 1024, 400_000)
@@ -23,10 +23,9 @@ with tempfile.TemporaryDirectory() as folder:
         "tiny_dense",
         [*(f"model.{s}" for s in shape), "layout.dp=1", "layout.micro_batch=4", "train.global_batch=4",
          "data.seq_len=256", f"data.sources=[{{path: {folder}/tokens}}]", "data.tokenizer=null",
-         "train.steps=1000000", "train.eval_every=0", "optimizer.lr=3e-4", "lr=constant"],
+         f"train.out={folder}", "train.steps=1000000", "train.eval_every=0", "optimizer.lr=3e-4", "lr=constant"],
     ).recipe  # fmt: skip
-    run = RunDirectory(Path(folder) / "run")
-    run.create(recipe)
+    run, _ = create(recipe, "step")
     console = Console(file=(run.logs / "console").open("w"))
     loop = build(recipe, run, connect(recipe), StopSignal(insist=True), console)
     loop.call("on_start")

@@ -38,7 +38,10 @@ class Choice:
 
 
 class Kernels:
-    """The chosen classes as attributes (`kernels.RMSNorm(eps)`), and `choices`: name -> `Choice`."""
+    """The chosen classes as attributes (`kernels.RMSNorm(eps)`), and `choices`: name -> `Choice`.
+
+    `documents` says whether attention stops at document boundaries; where it does not, Ascend needs no mask.
+    """
 
     RMSNorm: type[nn.Cell]
     HeadNorm: type[nn.Cell]
@@ -49,8 +52,9 @@ class Kernels:
     SquareSum: type[nn.Cell]
     AdamW: type[nn.Cell]
 
-    def __init__(self, choices: dict[str, Choice]) -> None:
+    def __init__(self, choices: dict[str, Choice], documents: bool) -> None:
         self.choices = choices
+        self.documents = documents
         for name, choice in choices.items():
             setattr(self, name, KERNELS[name][choice.implementation])
 
@@ -66,16 +70,16 @@ class Kernels:
         return "kernels: " + "; ".join(parts)
 
 
-def choose(kind: str, precision: str, device: str) -> Kernels:
+def choose(kind: str, precision: str, device: str, documents: bool = True) -> Kernels:
     """The implementation of every kernel for this run.
 
     kind: `auto` (the fastest that works) or `plain`; precision: `fp32`, `fp64` or `bf16`; device: `CPU` or `Ascend`.
     """
     check_choice("train.kernels", kind, ("auto", "plain"))
     if kind == "plain":
-        return Kernels({name: Choice("plain", "train.kernels=plain") for name in NAMES})
+        return Kernels({name: Choice("plain", "train.kernels=plain") for name in NAMES}, documents)
     decide = _on_ascend if device == "Ascend" else _on_cpu
-    return Kernels({name: decide(name, precision) for name in NAMES})
+    return Kernels({name: decide(name, precision) for name in NAMES}, documents)
 
 
 def _on_cpu(name: str, precision: str) -> Choice:

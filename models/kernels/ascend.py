@@ -7,16 +7,22 @@ operator that takes ids outside a rank's slice or a list of tensors, and stays p
 
 from __future__ import annotations
 
-import math
+from functools import cache
 
 import numpy as np
+from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
-from mindspore import nn, ops
 from mindspore.ops import auto_generate
 
 from models.kernels import plain
 
 _WHOLE_SEQUENCE = 2147483647  # the operators' own default of "no limit"
+
+
+@cache
+def _causal_corner() -> Tensor:
+    """[2048, 2048] uint8, 1 above the diagonal: the compressed mask of sparse mode 2, whatever the sequence length."""
+    return Tensor(np.triu(np.ones((2048, 2048), np.uint8), 1))
 
 
 def missing(name: str, precision: str) -> str:
@@ -72,19 +78,22 @@ class Attention(nn.Cell):
     drop_mask, padding_mask, atten_mask, softmax_max, softmax_sum, softmax_in, attention_in, ...) -> (dq, dk, dv, dpse)`
     in layout BSND.
 
-    Rotary runs in fp32 (bf16 keeps too few digits of an angle), attention in bf16. The mask is whole, one byte a pair
-    of tokens, because first keys are data; next_tokens 0 lets the operator skip what is above the diagonal. The
-    gradient takes exp(s - softmax_max) / softmax_sum, so the saved log-sum-exp serves as a maximum beside a sum of 1.
+    Rotary runs in fp32 (bf16 keeps too few digits of an angle), attention in bf16. With documents the mask is whole,
+    one byte a pair of tokens, because first keys are data; next_tokens 0 lets the operator skip what is above the
+    diagonal. Without, sparse mode 2 (causal from the upper left) takes a small mask of fixed size: a whole one of 128k
+    tokens is 16 GiB. The gradient takes exp(s - softmax_max) / softmax_sum, so the saved log-sum-exp serves as a
+    maximum beside a sum of 1.
     """
 
     OPERATORS = ("RotaryPositionEmbedding", "FlashAttentionScore", "FlashAttentionScoreGrad")
     PRECISIONS = ("bf16",)
 
-    def __init__(self, heads: int, kv_heads: int, scale: float) -> None:
+    def __init__(self, heads: int, kv_heads: int, scale: float, documents: bool = True) -> None:
         super().__init__(auto_prefix=False)
         self.heads, self.kv_heads = heads, kv_heads
+        self.causal = None if documents else _causal_corner()
         # head_num, keep_prob, scale_value, pre_tokens, next_tokens, inner_precise, input_layout, sparse_mode
-        settings = (heads, 1.0, scale, _WHOLE_SEQUENCE, 0, 0, "BSND", 0)
+        settings = (heads, 1.0, scale, _WHOLE_SEQUENCE, 0, 0, "BSND", 0 if documents else 2)
         self.rotary = auto_generate.RotaryPositionEmbedding()
         self.attend = auto_generate.FlashAttentionScore(*settings)
         self.attend_grad = auto_generate.FlashAttentionScoreGrad(*settings)
@@ -121,7 +130,9 @@ class Attention(nn.Cell):
         return self.rotary(ops.cast(x, mstype.float32), cos, sin, 0)
 
     def hidden(self, first_key, seq):
-        """[B, 1, S, S] uint8, 1 where query t must not see key j."""
+        """[B, 1, S, S] uint8, 1 where query t must not see key j; without documents the compressed mask."""
+        if self.causal is not None:
+            return self.causal
         key = ops.arange(0, seq).astype(mstype.int32).reshape(1, 1, seq)
         before = key < first_key.reshape(-1, seq, 1)
         return ops.cast(ops.logical_or(before, key > key.reshape(1, seq, 1)), mstype.uint8).reshape(-1, 1, seq, seq)
@@ -159,7 +170,7 @@ class AdamW(plain.AdamW):
         super().__init__(beta1, beta2, eps)
         self.update = auto_generate.AdamWeightDecay()
         # The operator takes 1 - beta in fp32, 1.3e-5 off for 0.999. Corrections by the rounded beta cancel that.
-        self.log1, self.log2 = (plain.constant(math.log(np.float32(beta))) for beta in (beta1, beta2))
+        self.log1, self.log2 = (plain.log(float(np.float32(beta))) for beta in (beta1, beta2))
 
     def forward(self, weights, first, second, gradients, decays, factor, lr, step):
         dtype = mstype.float32

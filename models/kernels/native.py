@@ -95,9 +95,9 @@ class HeadNorm(nn.Cell):
 
 
 class Attention(nn.Cell):
-    """See `plain.Attention`."""
+    """See `plain.Attention`. Skipping the keys before a document costs nothing here, so `documents` changes nothing."""
 
-    def __init__(self, heads: int, kv_heads: int, scale: float) -> None:
+    def __init__(self, heads: int, kv_heads: int, scale: float, documents: bool = True) -> None:
         super().__init__(auto_prefix=False)
         self.scale = _number(scale)
 

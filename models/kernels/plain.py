@@ -23,6 +23,11 @@ def constant(value: float) -> Tensor:
     return Tensor(value, mstype.float64)
 
 
+def log(beta: float) -> Tensor:
+    """log beta; -inf for 0, of which expm1 makes -1: a bias correction of 1."""
+    return constant(math.log(beta) if beta else -math.inf)
+
+
 class RMSNorm(nn.Cell):
     """y = x / sqrt(mean(x^2) + eps) * w over the last dim (Zhang and Sennrich 2019, arXiv:1910.07467)."""
 
@@ -83,12 +88,12 @@ class Attention(nn.Cell):
 
     Rotary is Hugging Face's half-split convention (rotate_half): dims i and i + R turn together. Query head h reads
     key head h // (heads / kv_heads). Token t of a sequence sees keys first_key[t] <= j <= t of its own sequence;
-    0 <= first_key[t] <= t must hold.
+    0 <= first_key[t] <= t must hold. `documents` False promises that first_key is 0 everywhere.
     """
 
-    def __init__(self, heads: int, kv_heads: int, scale: float) -> None:
+    def __init__(self, heads: int, kv_heads: int, scale: float, documents: bool = True) -> None:
         super().__init__(auto_prefix=False)
-        self.heads, self.kv_heads, self.groups = heads, kv_heads, heads // kv_heads
+        self.heads, self.kv_heads, self.documents = heads, kv_heads, documents
         self.scale, self.masked = constant(scale), constant(_MASKED)
         self.scores = ops.BatchMatMul(transpose_b=True)
         self.weigh = ops.BatchMatMul()
@@ -143,10 +148,11 @@ class Attention(nn.Cell):
         seq = k.shape[1]
         batch = first_key.shape[0] // seq
         position = ops.arange(0, seq).astype(mstype.int32)
-        after_first = position.reshape(1, 1, seq) >= first_key.reshape(batch, seq, 1)
-        causal = position.reshape(1, 1, seq) <= position.reshape(1, seq, 1)
-        seen = ops.logical_and(after_first, causal).reshape(batch, 1, seq, seq)
-        seen = ops.broadcast_to(seen, (batch, self.heads, seq, seq)).reshape(k.shape[0], -1, seq)
+        seen = position.reshape(1, 1, seq) <= position.reshape(1, seq, 1)
+        if self.documents:
+            seen = ops.logical_and(seen, position.reshape(1, 1, seq) >= first_key.reshape(batch, seq, 1))
+        seen = ops.broadcast_to(seen.reshape(-1, 1, seq, seq), (batch, self.heads, seq, seq))
+        seen = seen.reshape(k.shape[0], -1, seq)
         scores = self.scores(q, k) * ops.cast(self.scale, q.dtype)
         return ops.select(seen, scores, ops.cast(self.masked, q.dtype))
 
@@ -259,7 +265,7 @@ class AdamW(nn.Cell):
         self.beta1, self.rest1 = constant(beta1), constant(1 - beta1)
         self.beta2, self.rest2 = constant(beta2), constant(1 - beta2)
         # 1 - beta^t as -expm1(t log beta): in fp32 the subtraction would lose up to five digits of it.
-        self.log1, self.log2 = constant(math.log(beta1)), constant(math.log(beta2))
+        self.log1, self.log2 = log(beta1), log(beta2)
         self.eps = constant(eps)
 
     def forward(self, weights, first, second, gradients, decays, factor, lr, step):

@@ -24,6 +24,7 @@ import mindspore
 import numpy as np
 from mindspore import nn, ops
 
+from parallel.collectives.packing import dtype_of
 from parallel.mesh import Axes, Mesh
 from parallel.traffic import Traffic
 
@@ -35,8 +36,7 @@ class Group:
     axes: tuple[str, ...]
     """As `Mesh.axes` gives them."""
     ranks: tuple[int, ...]
-    """In ascending order; ranks[index] is this process."""
-    index: int
+    """In ascending order, this process among them."""
 
 
 class Count(NamedTuple):
@@ -70,7 +70,7 @@ class World(Protocol):
         """The elementwise maximum over ranks of equally long rows of numbers, float64 [len(values)]."""
 
     def abort(self, code: int) -> NoReturn:
-        """End every rank at once; the launcher exits with `code`."""
+        """End every rank at once; the launcher exits with `code`. A world of one rank has no such method."""
 
 
 class Backend(Protocol):
@@ -82,18 +82,16 @@ class Backend(Protocol):
     dtypes: tuple[str, ...]
     """What can be sent."""
 
-    def all_reduce(self, group: Group) -> nn.Cell:
-        """An operator: a tuple of tensors in, their sums over the group out, one message for each dtype."""
+    def operator(self, collective: str, group: Group) -> nn.Cell:
+        """What runs `collective` over `group` in a graph, made once. ``all_reduce``: a tuple of tensors in, their sums
+        over the group out, one message for each dtype.
+        """
 
     def counts(self) -> Iterable[Count]:
         """Executions since the last reset."""
 
     def reset(self) -> None:
         """Start counting from zero."""
-
-
-def _dtype(tensor):
-    return tensor.dtype
 
 
 @ops.constexpr
@@ -115,7 +113,7 @@ class AllReduce(nn.Cell):
         self.alone = len(group.ranks) == 1
         self.dtypes = () if self.alone else tuple(getattr(mindspore, dtype) for dtype in backend.dtypes)
         self.map = ops.HyperMap()
-        self.operator = None if self.alone else backend.all_reduce(group)
+        self.operator = None if self.alone else backend.operator("all_reduce", group)
 
     def construct(self, tensors: tuple) -> tuple:
         return self.forward(tensors)
@@ -124,7 +122,7 @@ class AllReduce(nn.Cell):
         """Each of `tensors` summed over the group. All go through one operator, in one message for each dtype."""
         if self.alone:
             return tensors
-        _check_dtypes("all_reduce", self.map(_dtype, tensors), self.dtypes)
+        _check_dtypes("all_reduce", self.map(dtype_of, tensors), self.dtypes)
         return self.operator(tensors)
 
     def backward(self, gradients: tuple) -> tuple:
@@ -148,7 +146,7 @@ class Collectives:
 
     def group(self, axes: Axes) -> Group:
         """The group of `axes` that this process belongs to."""
-        return Group(self.mesh.axes(axes), self.mesh.group(axes, self.rank), self.mesh.index(axes, self.rank))
+        return Group(self.mesh.axes(axes), self.mesh.group(axes, self.rank))
 
     def AllReduce(self, axes: Axes) -> AllReduce:
         """A primitive that sums over `axes`. All ranks of its group must make and run it."""

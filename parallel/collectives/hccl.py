@@ -17,10 +17,10 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from parallel.collectives import Count, Group
-from parallel.collectives.packing import Channel, PackedAllReduce, effect
+from parallel.collectives.packing import Channel, PackedAllReduce, dtype_of, effect, size_of
 from parallel.traffic import DTYPE_BYTES
 
-DTYPES = ("float32", "float16", "bfloat16", "int32")
+DTYPES = ("float32", "bfloat16", "int32")
 """What HCCL sums and Busway uses; float64 is the CPU reference's alone."""
 
 
@@ -72,19 +72,31 @@ class HcclWorld:
         os._exit(code)
 
 
-class CountedSum(nn.Cell):
-    """Sums one message and counts it on the device, where a graph runs without the host seeing its operators."""
+@ops.constexpr
+def _counted(dtypes: tuple, sizes: tuple) -> Tensor:
+    """What one execution adds to the account, int64 [DTYPES, 2]: payload bytes and messages."""
+    counts = np.zeros((len(DTYPES), 2), np.int64)
+    for row, dtype in enumerate(DTYPES):
+        count = sum(size for kind, size in zip(dtypes, sizes, strict=True) if kind == getattr(mindspore, dtype))
+        counts[row] = count * DTYPE_BYTES[dtype], count > 0
+    return Tensor(counts)
 
-    def __init__(self, operator: Any, name: str, width: int) -> None:
+
+class Counted(nn.Cell):
+    """An operator over tuples of tensors that counts itself on the device: what it adds is known when the graph is
+    compiled, but how often a graph runs only the device sees.
+    """
+
+    def __init__(self, operator: nn.Cell, name: str) -> None:
         super().__init__(auto_prefix=False)
         self.operator = operator
-        self.width = width
-        self.counts = Parameter(Tensor(np.zeros(2, np.int64)), name=name, requires_grad=False)
+        self.counts = Parameter(Tensor(np.zeros((len(DTYPES), 2), np.int64)), name=name, requires_grad=False)
         self.add = ops.AssignAdd()
+        self.map = ops.HyperMap()
 
-    def construct(self, message: Tensor) -> Tensor:
-        self.add(self.counts, Tensor([message.size * self.width, 1], mindspore.int64))
-        return self.operator(message)
+    def construct(self, tensors: tuple) -> tuple:
+        self.add(self.counts, _counted(self.map(dtype_of, tensors), self.map(size_of, tensors)))
+        return self.operator(tensors)
 
 
 class HcclBackend:
@@ -96,31 +108,30 @@ class HcclBackend:
     def __init__(self, operators: Any = ops, communication: Any = mindspore.communication) -> None:
         self._operators, self._communication = operators, communication
         self.world = HcclWorld(operators, communication)
-        self._sums: dict[Group, dict[str, CountedSum]] = {}
-        self._cells: dict[Group, PackedAllReduce] = {}
+        self._cells: dict[tuple[str, Group], Counted] = {}
 
-    def all_reduce(self, group: Group) -> nn.Cell:
-        if group not in self._cells:
+    def operator(self, collective: str, group: Group) -> nn.Cell:
+        key = collective, group
+        if key not in self._cells:
+            make = {"all_reduce": self._all_reduce}[collective]
             name = f"busway-{'-'.join(group.axes)}-{group.ranks[0]}"
-            self._communication.create_group(name, list(group.ranks))
-            sums = {dtype: self._sum(name, dtype) for dtype in DTYPES}
-            types = {dtype: getattr(mindspore, dtype) for dtype in DTYPES}
-            self._sums[group] = sums
-            self._cells[group] = PackedAllReduce([Channel(types[d], types[d], sums[d]) for d in DTYPES])
-        return self._cells[group]
+            if group not in (made for _, made in self._cells):
+                # Each HCCL group holds buffers on the device, so collectives share it.
+                self._communication.create_group(name, list(group.ranks))
+            self._cells[key] = Counted(make(name), f"counts.{collective}.{name}")
+        return self._cells[key]
 
-    def _sum(self, name: str, dtype: str) -> CountedSum:
-        operator = effect(self._operators.AllReduce(ops.ReduceOp.SUM, name))
-        return CountedSum(operator, f"counts.{name}.{dtype}", DTYPE_BYTES[dtype])
+    def _all_reduce(self, name: str) -> nn.Cell:
+        types = [getattr(mindspore, dtype) for dtype in DTYPES]
+        sums = [effect(self._operators.AllReduce(ops.ReduceOp.SUM, name)) for _ in DTYPES]
+        return PackedAllReduce([Channel(dtype, dtype, operator) for dtype, operator in zip(types, sums, strict=True)])
 
     def counts(self) -> Iterator[Count]:
-        for group, sums in self._sums.items():
-            for dtype, one in sums.items():
-                payload, calls = one.counts.asnumpy().tolist()
+        for (collective, group), cell in self._cells.items():
+            for dtype, (payload, calls) in zip(DTYPES, cell.counts.asnumpy().tolist(), strict=True):
                 if calls:
-                    yield Count(group, "all_reduce", dtype, payload, calls)
+                    yield Count(group, collective, dtype, payload, calls)
 
     def reset(self) -> None:
-        for sums in self._sums.values():
-            for one in sums.values():
-                one.counts.set_data(Tensor(np.zeros(2, np.int64)))
+        for cell in self._cells.values():
+            cell.counts.set_data(Tensor(np.zeros((len(DTYPES), 2), np.int64)))

@@ -1,11 +1,9 @@
-"""The backend of a world of one rank: no communicator, no operator, nothing to account for."""
+"""The backend of a world of one rank: no communicator, no operator, nobody to abort, nothing to account for."""
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
@@ -27,11 +25,6 @@ class LocalWorld:
 
     def reduce_max(self, values: Sequence[float]) -> np.ndarray:
         return np.asarray(values, np.float64)
-
-    def abort(self, code: int) -> NoReturn:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
 
 
 class LocalBackend:

@@ -27,7 +27,7 @@ from parallel.mesh import DENSE, EXPERT
 from parallel.traffic import DTYPE_BYTES
 
 LIBRARY = Path(__file__).with_name("_mpi_ops.so")
-DTYPES = ("float64", "float32", "float16", "bfloat16", "int32")
+DTYPES = ("float64", "float32", "bfloat16", "int32")
 """In the order of NAMES in csrc/mpi_ops.cc."""
 MPICH_ABI = ("MPICH", "Intel MPI", "MVAPICH")
 
@@ -73,7 +73,8 @@ class MpiWorld:
 class MpiBackend:
     """Communicators and operators over MPI. `native` asks for the C++ operators or for the Python ones; None chooses.
 
-    A group's communicator is made when the first primitive over it is; its members must do that in one order.
+    Each collective over a group has a communicator of its own, so that none waits for another that a second thread
+    runs. It is made with the first primitive; the group's members must do that in one order.
     """
 
     dtypes = DTYPES
@@ -86,21 +87,21 @@ class MpiBackend:
         self.note = "mpi (C++ operators)" if self._native else "mpi (Python operators, slower"
         if not self._native:
             self.note += f": {obstacle})" if obstacle else ")"
-        self._operators: dict[Group, NativeAllReduce | PythonAllReduce] = {}
+        self._operators: dict[tuple[str, Group], NativeAllReduce | PythonAllReduce] = {}
 
-    def all_reduce(self, group: Group) -> nn.Cell:
-        if group not in self._operators:
+    def operator(self, collective: str, group: Group) -> nn.Cell:
+        key = collective, group
+        if key not in self._operators:
+            native, python = FORMS[collective]
             communicator = _communicator(group)
-            self._operators[group] = (
-                NativeAllReduce(self._library, communicator) if self._native else PythonAllReduce(communicator)
-            )
-        return self._operators[group]
+            self._operators[key] = native(self._library, communicator) if self._native else python(communicator)
+        return self._operators[key]
 
     def counts(self) -> Iterator[Count]:
-        for group, operator in self._operators.items():
+        for (collective, group), operator in self._operators.items():
             for dtype, (payload, calls) in zip(DTYPES, operator.counts().tolist(), strict=True):
                 if calls:
-                    yield Count(group, "all_reduce", dtype, payload, calls)
+                    yield Count(group, collective, dtype, payload, calls)
 
     def reset(self) -> None:
         for operator in self._operators.values():
@@ -143,7 +144,7 @@ def _outputs(slot: Any, *tensors: Any) -> Any:
 
 
 class NativeAllReduce(nn.Cell):
-    """The C++ operator over one communicator: tensors in, their sums out."""
+    """The C++ operator over one communicator, in a slot of its own: tensors in, their sums out."""
 
     def __init__(self, library: ctypes.CDLL, communicator: MPI.Comm) -> None:
         super().__init__(auto_prefix=False)
@@ -173,7 +174,7 @@ class NativeAllReduce(nn.Cell):
 class PythonAllReduce(nn.Cell):
     """The same around mpi4py. A Python operator takes one tensor, so the graph packs each message.
 
-    It takes no bfloat16 either: sixteen-bit floats travel and are added as float32, as they do in C++.
+    It takes no bfloat16 either, which travels and is added as float32, as in C++.
     """
 
     def __init__(self, communicator: MPI.Comm) -> None:
@@ -192,7 +193,7 @@ class PythonAllReduce(nn.Cell):
 
         operator = effect(ops.Custom(all_reduce, out_shape=_same, out_dtype=_same, func_type="pyfunc"))
         exact = getattr(mindspore, dtype)
-        return Channel(exact, mindspore.float32 if width == 2 else exact, operator)
+        return Channel(exact, mindspore.float32 if dtype == "bfloat16" else exact, operator)
 
     def construct(self, tensors: tuple) -> tuple:
         return self.packed(tensors)
@@ -202,6 +203,10 @@ class PythonAllReduce(nn.Cell):
 
     def reset(self) -> None:
         self._counts[:] = 0
+
+
+FORMS = {"all_reduce": (NativeAllReduce, PythonAllReduce)}
+"""The two forms of each collective."""
 
 
 def _same(value: Any) -> Any:

@@ -33,8 +33,8 @@ class PackedAllReduce(nn.Cell):
         self.map = ops.HyperMap()
 
     def construct(self, tensors: tuple) -> tuple:
-        sizes = self.map(_size, tensors)
-        dtypes = self.map(_dtype, tensors)
+        sizes = self.map(size_of, tensors)
+        dtypes = self.map(dtype_of, tensors)
         members = _members(self.dtypes, dtypes, sizes)
         for i in range(len(self.dtypes)):
             if len(members[i]) > 0:
@@ -66,11 +66,11 @@ def _order(members: tuple, count: int) -> tuple:
     return tuple(count + members.index(i) if i in members else i for i in range(count))
 
 
-def _size(tensor):
+def size_of(tensor):
     return tensor.size
 
 
-def _dtype(tensor):
+def dtype_of(tensor):
     return tensor.dtype
 
 

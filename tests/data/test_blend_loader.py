@@ -126,8 +126,8 @@ def test_close_ends_the_thread(two) -> None:
     assert threading.active_count() == before
 
 
-def test_a_batch_that_does_not_divide_is_an_error_of_the_recipe(two) -> None:
-    with pytest.raises(ConfigError, match=r"train\.global_batch must be divisible by data-parallel ranks 2 x .* = 6"):
+def test_a_batch_that_ranks_cannot_share_is_refused(two) -> None:
+    with pytest.raises(ValueError, match="2 ranks cannot share 8 samples in micro-batches of 3"):
         Loader(Blend(two, [1, 1], seed=0), 8, 2, 0, micro_batch=3)
 
 

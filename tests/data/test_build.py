@@ -17,11 +17,11 @@ import pytest
 
 from trainer.data.build import build
 from trainer.data.commands import register
-from trainer.data.files import sha256_of
 from trainer.data.indexed import IndexedDataset
 from trainer.data.packed import loss_mask_prefix
 from trainer.data.tokenizer import END_OF_TEXT, load_tokenizer
 from trainer.errors import InputError
+from trainer.files import sha256_of
 
 
 def busway_data(*words: object) -> int:

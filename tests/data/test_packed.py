@@ -102,20 +102,50 @@ def test_a_document_longer_than_the_holdout_is_passed_over(write_dataset) -> Non
 
 def test_too_short_a_corpus_is_an_error_that_says_what_it_has(write_dataset) -> None:
     data = write_dataset([[1] * 40, [1] * 40])
-    with pytest.raises(
-        InputError, match=r"80 tokens in the 2 documents of its train split.* \+ 1 = 81; give more text"
-    ):
-        PackedDataset(data, 80, holdout=0)
+    with pytest.raises(InputError) as error:
+        PackedDataset(data, 80, holdout=0, name="my.txt")
+    assert str(error.value) == (
+        "my.txt has 80 tokens in its train split, and one sample takes data.seq_len + 1 = 81; "
+        "give more text or a smaller data.seq_len"
+    )
     assert len(PackedDataset(data, 79, holdout=0)) == 1
-    with pytest.raises(InputError, match="40 tokens in the 1 documents of its holdout split.*raise data.holdout"):
+    with pytest.raises(InputError, match=r"data has 40 tokens in its holdout split.*data\.holdout to at least 0\.813"):
         PackedDataset(data, 64, "holdout", 0.02)
 
 
-def test_the_only_document_is_never_held_out(write_dataset) -> None:
-    data = write_dataset([[1] * 100])
-    assert PackedDataset(data, 16, "train", 0.5).tokens == 100
-    with pytest.raises(InputError, match="0 tokens in the 0 documents of its holdout split"):
-        PackedDataset(data, 16, "holdout", 0.5)
+@pytest.mark.parametrize("mask_documents", [False, True])
+@pytest.mark.parametrize("others", [0, 2])
+def test_a_lone_document_gives_its_end_to_the_holdout(write_counting, mask_documents: bool, others: int) -> None:
+    data = write_counting([0] * others + [1001] + [0] * others, start=1)
+    train = PackedDataset(data, 16, "train", 0.1, mask_documents)
+    held = PackedDataset(data, 16, "holdout", 0.1, mask_documents)
+    assert (train.tokens, held.tokens) == (900, 101)  # the share rounded up
+    tokens, labels, first_key = train.sample(len(train) - 1)
+    assert tokens.tolist() == list(range(881, 897)) and labels.tolist() == list(range(882, 898))
+    assert len(held) == 6
+    tokens, labels, first_key = held.sample(0)
+    assert tokens.tolist() == list(range(901, 917)) and labels.tolist() == list(range(902, 918))
+    assert not first_key.any()
+
+
+def test_a_lone_document_keeps_its_loss_mask(write_dataset) -> None:
+    data = write_dataset([range(1, 101)], [[0] * 95 + [1] * 5])
+    sample = PackedDataset(data, 9, "holdout", 0.1).sample(0)
+    assert sample.labels.tolist() == [-1] * 4 + [96, 97, 98, 99, 100]
+
+
+def test_the_share_that_the_error_names_is_enough(write_dataset) -> None:
+    data = write_dataset([[1] * 1000])
+    with pytest.raises(InputError, match=r"has 20 tokens in its holdout split.*raise data\.holdout to at least 0\.065"):
+        PackedDataset(data, 64, "holdout", 0.02)
+    assert len(PackedDataset(data, 64, "holdout", 0.065)) == 1
+
+
+@pytest.mark.parametrize("lengths", [[40, 40], [40, 0, 41], [300, 0]])
+def test_training_always_keeps_some_text(write_dataset, lengths: list[int]) -> None:
+    data = write_dataset([[1] * length for length in lengths])
+    train, held = (PackedDataset(data, 2, split, 0.99) for split in ("train", "holdout"))
+    assert train.tokens + held.tokens == data.tokens
 
 
 def test_a_token_outside_the_vocabulary_is_an_error_that_names_the_byte(write_dataset) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from trainer.data.prepare import check, prepare
 from trainer.data.settings import DataSettings, Source
 from trainer.data.tokenizer import load_tokenizer, vocab_size
 from trainer.errors import InputError
+from trainer.files import sha256_of
 
 PREPARE = """
 import os, signal, sys
@@ -63,8 +65,9 @@ def test_raw_text_is_tokenised_once_and_then_found(text: Path, cache: Path) -> N
     said: list[str] = []
     corpus = prepare(settings(text), 300, 16, said.append)
     assert any("training a tokenizer of 300 entries" in line for line in said)
-    assert vocab_size(load_tokenizer(corpus.tokenizer_path)) <= 300
-    tokenizer = load_tokenizer(corpus.tokenizer_path)
+    (tokenizer_file,) = cache.glob("tokenizer-*.json")
+    tokenizer = load_tokenizer(tokenizer_file)
+    assert vocab_size(tokenizer) <= 300
     assert tokenizer.decode(corpus.train[0].indexed[4].tolist()) == (text / "04.txt").read_text()
     assert len(corpus.train[0].documents) + len(corpus.holdout[0].documents) == 30
     before = sorted(cache.iterdir())
@@ -98,9 +101,68 @@ def test_sources_keep_their_weights_and_a_built_one_needs_no_tokenizer(
     assert corpus.weights == [1.0, 3.0]
     assert [len(packed) for packed in corpus.train] == [len(corpus.train[0])] * 2
     corpus = prepare(settings(tmp_path / "built", tokenizer=None, holdout=0.0, mask_documents=True), 300, 8)
-    assert corpus.tokenizer_path is None and corpus.holdout == []
+    assert corpus.holdout == []
     assert corpus.train[0].sample(0).tokens.shape == (8,)
     assert corpus.train[0].mask_documents
+
+
+def test_one_text_file_gives_its_end_to_the_holdout(text: Path) -> None:
+    file = text / "one.txt"
+    file.write_text("".join(sorted(path.read_text() for path in text.iterdir())))
+    corpus = prepare(settings(file), 300, 16)
+    assert len(corpus.holdout[0]) > 0
+    assert corpus.holdout[0].tokens / corpus.train[0].indexed.tokens == pytest.approx(0.2, abs=0.01)
+
+
+def test_a_holdout_that_is_too_short_names_the_users_text_and_only_where_it_is_wanted(text: Path) -> None:
+    short = settings(text / "03.txt", holdout=0.001)
+    with pytest.raises(InputError, match=rf"^{text}/03\.txt has 1 tokens in its holdout split"):
+        prepare(short, 300, 16)
+    corpus = prepare(short, 300, 16, evaluates=False)
+    assert corpus.holdout == [] and corpus.train[0].tokens == corpus.train[0].indexed.tokens - 1
+
+
+def test_a_text_that_has_not_changed_is_not_read_again(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+
+    def counted(path: Path) -> str:
+        read.append(path)
+        return sha256_of(path)
+
+    monkeypatch.setattr("trainer.data.prepare.sha256_of", counted)
+    monkeypatch.setattr("trainer.data.prepare.SETTLED_S", -60.0)
+    files = sorted(text.iterdir())
+
+    def reads() -> list[Path]:
+        read.clear()
+        prepare(settings(text), 400, 16, lambda line: None)
+        return [path for path in read if path in files]
+
+    assert reads() == files
+    assert reads() == []
+    # The same size and, as from a copy that keeps it, the same time.
+    state = files[3].stat()
+    files[3].write_text(files[3].read_text().replace("bus", "car"))
+    os.utime(files[3], ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert reads() == files
+    files[4].write_text("longer " * 100)
+    assert reads() == files
+    files[5].unlink()
+    assert files[5] not in reads()
+
+
+def test_a_text_that_may_be_changing_is_read_each_time(text: Path, cache: Path) -> None:
+    prepare(settings(text), 300, 16)
+    assert not list(cache.glob("content-*"))
+
+
+def test_an_unreadable_text_is_an_error_that_names_it(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(path: Path) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("trainer.data.prepare.sha256_of", refused)  # root reads everything
+    with pytest.raises(InputError, match=r"cannot read .*00\.txt: Permission denied; make it readable"):
+        prepare(settings(text), 300, 16)
 
 
 def test_two_processes_at_once_do_the_work_once(text: Path) -> None:

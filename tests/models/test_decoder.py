@@ -67,3 +67,27 @@ def test_gradients_follow_the_loss_and_saved_activations_follow_the_config(varia
         moved = [[v + s * step * direction if i == index else v for i, v in enumerate(values)] for s in (1, -1)]
         slope = (loss(moved[0]) - loss(moved[1])) / (2 * step)
         assert slope == pytest.approx(float((gradient.asnumpy() * direction).sum()), rel=1e-5, abs=1e-6), weight.name
+
+
+class Halves(Both):
+    """The same, with all weight gradients after all input gradients."""
+
+    def construct(self, tokens, labels, first_key, *weights):
+        context = (tokens, labels, first_key, self.cos, self.sin)
+        loss, saved = self.model.forward(tokens, weights, context)
+        _, kept = self.model.backward_input(loss, saved, weights, context)
+        return loss, saved, self.model.backward_weight(kept)
+
+
+def test_the_halves_of_the_backward_give_the_bits_of_the_whole():
+    config = ModelConfig(layers=2, hidden=24, ffn=20, heads=4, kv_heads=2, vocab=50, tied_embeddings=True)
+    model = Decoder(config, choose("auto", "fp32", "CPU"))
+    rng = np.random.default_rng(6)
+    tokens, labels = (Tensor(rng.integers(0, 50, SEQ_LEN).astype(np.int32)) for _ in range(2))
+    first_key = Tensor(np.zeros(SEQ_LEN, np.int32))
+    weights = [Tensor(w.stack(initial_reader(1, 0.3))) for w in model.weights]
+    gradients = [
+        cell(model, *rotary_tables(config, SEQ_LEN))(tokens, labels, first_key, *weights)[2] for cell in (Both, Halves)
+    ]
+    for weight, whole, halves in zip(model.weights, *gradients, strict=True):
+        np.testing.assert_array_equal(whole.asnumpy(), halves.asnumpy(), weight.name)

@@ -133,7 +133,7 @@ def rotary(_, inputs):
 
 def flash_inputs(settings, inputs, mask):
     """Query, repeated keys and values as [B, N1, S, D], and masked scores; checks what the documentation demands."""
-    assert settings["input_layout"] == "BSND" and settings["sparse_mode"] == 0 and settings["keep_prob"] == 1.0
+    assert settings["input_layout"] == "BSND" and settings["keep_prob"] == 1.0
     assert settings["next_tokens"] == 0 and settings["pre_tokens"] >= SEQ
     for name in ("query", "key", "value"):
         assert inputs[name].dtype == mstype.bfloat16
@@ -142,9 +142,15 @@ def flash_inputs(settings, inputs, mask):
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat(group, 1), v.repeat(group, 1)
     hidden = inputs[mask]
-    assert hidden.dtype == mstype.uint8 and hidden.shape == (BATCH, 1, SEQ, SEQ)
+    assert hidden.dtype == mstype.uint8
+    hidden = hidden.asnumpy()
+    if settings["sparse_mode"] == 2:  # causal from the upper left; every block takes its mask from this one
+        np.testing.assert_array_equal(hidden, np.triu(np.ones((2048, 2048)), 1))
+        hidden = np.triu(np.ones((SEQ, SEQ)), 1)
+    else:
+        assert settings["sparse_mode"] == 0 and hidden.shape == (BATCH, 1, SEQ, SEQ)
     scores = q @ k.transpose(0, 1, 3, 2) * settings["scale_value"]
-    return q, k, v, np.where(hidden.asnumpy() == 1, -np.inf, scores)
+    return q, k, v, np.where(hidden == 1, -np.inf, scores)
 
 
 def flash(settings, inputs):
@@ -175,17 +181,18 @@ def flash_grad(settings, inputs):
     return *(tensor(g.transpose(0, 2, 1, 3), mstype.bfloat16) for g in (ds @ k, dk, dv)), tensor(0)
 
 
-def test_attention_in_bsnd_with_a_whole_mask(monkeypatch, random):
+@pytest.mark.parametrize("documents", [True, False])
+def test_attention_in_bsnd_with_a_whole_mask_for_documents_alone(monkeypatch, random, documents):
     turned = StandIn(monkeypatch, "RotaryPositionEmbedding", rotary)
     forward = StandIn(monkeypatch, "FlashAttentionScore", flash)
     backward = StandIn(monkeypatch, "FlashAttentionScoreGrad", flash_grad)
     turn = np.outer(np.arange(SEQ), 1 / 10000 ** (np.arange(0, DIM, 2) / DIM))
-    first = Tensor(np.tile([0, 0, 0, 3, 3, 3, 3, 7, 7], BATCH).astype(np.int32))
+    first = Tensor(documents * np.tile([0, 0, 0, 3, 3, 3, 3, 7, 7], BATCH).astype(np.int32))
     inputs = tensor(random((BATCH * SEQ, 8 * DIM))), tensor(np.cos(turn)), tensor(np.sin(turn)), first
     do = tensor(random((BATCH * SEQ, HEADS * DIM)))
     results = []
     for room in (ascend, plain):
-        kernel = room.Attention(HEADS, KV_HEADS, 0.25)
+        kernel = room.Attention(HEADS, KV_HEADS, 0.25, documents)
         o, lse = kernel.forward(*inputs)
         results.append((o, lse, kernel.backward(*inputs, o, lse, do)))
     for a, b in zip(*results, strict=True):
@@ -193,6 +200,7 @@ def test_attention_in_bsnd_with_a_whole_mask(monkeypatch, random):
         close(a, b, 2e-2)  # bf16 has 8 bits
     assert (len(turned.calls), len(forward.calls), len(backward.calls)) == (6, 1, 1)
     assert forward.calls[0][0] == backward.calls[0][0]
+    assert forward.calls[0][0]["sparse_mode"] == (0 if documents else 2)
 
 
 class Update(nn.Cell):
@@ -206,10 +214,11 @@ class Update(nn.Cell):
         return self.kernel.forward(self.weights, self.first, self.second, gradients, self.decays, factor, lr, step)
 
 
-def test_adamw_out_of_an_operator_without_bias_correction(random):
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.95), (0.9, 0.0)], ids=str)
+def test_adamw_out_of_an_operator_without_bias_correction(random, betas):
     """`AdamWeightDecay` has a CPU form too, so this one runs."""
     weights = [random((3, 4)).astype(np.float32), random(5).astype(np.float32)]
-    ours, theirs = (Update(room.AdamW(0.9, 0.999, 1e-8), weights) for room in (ascend, plain))
+    ours, theirs = (Update(room.AdamW(*betas, 1e-8), weights) for room in (ascend, plain))
     for step in range(1, 4):
         gradients = [tensor(random((3, 4))), tensor(random(5))]
         for update in (ours, theirs):

@@ -136,6 +136,13 @@ def test_attention_is_rotary_causal_grouped_and_stays_in_its_document(random):
     same(dqkv, automatic[0])
 
 
+def test_attention_without_documents_is_attention_with_all_first_keys_0(random):
+    inputs = random((BATCH * SEQ, (HEADS + 2 * KV_HEADS) * DIM)), *angles(), np.zeros(BATCH * SEQ, np.int32)
+    kernel = plain.Attention(HEADS, KV_HEADS, 0.3, documents=False)
+    for ours, expected in zip(Forward(kernel)(*map(tensor, inputs)), attention(*inputs, 0.3), strict=True):
+        same(ours, expected)
+
+
 def test_swiglu_gates_with_the_first_half(random):
     x, dy = random((5, 14)), random((5, 7))
     y, ours, automatic = Compare(plain.SwiGLU())(tensor(dy), tensor(x))
@@ -199,15 +206,16 @@ def adamw(weights, moments, gradients, decays, lr, t, beta1=0.9, beta2=0.999, ep
         weights[i] = weights[i] * (1 - lr * decays[i]) - lr / (1 - beta1**t) * m / denominator
 
 
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.95), (0.9, 0.0), (0.0, 0.0)], ids=str)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float64, 1e-14), (np.float32, 1e-6)])
-def test_adamw_makes_torch_s_steps(random, dtype, tolerance):
+def test_adamw_makes_torch_s_steps(random, dtype, tolerance, betas):
     weights, decays = [random((3, 4)), random(5)], np.array([0.1, 0.0])
-    update = Update(plain.AdamW(0.9, 0.999, 1e-8), [w.astype(dtype) for w in weights], decays.astype(dtype))
+    update = Update(plain.AdamW(*betas, 1e-8), [w.astype(dtype) for w in weights], decays.astype(dtype))
     moments = [(0.0, 0.0), (0.0, 0.0)]
     for t in range(1, 5):
         gradients = [random((3, 4)), random(5)]
         numbers = (np.array([x], dtype) for x in (0.5, 1e-2, t))
         update(*map(tensor, numbers), *(tensor(g.astype(dtype)) for g in gradients))
-        adamw(weights, moments, [0.5 * g for g in gradients], decays, 1e-2, t)
+        adamw(weights, moments, [0.5 * g for g in gradients], decays, 1e-2, t, *betas)
     for ours, expected in zip(update.weights, weights, strict=True):
         same(ours.asnumpy(), expected, tolerance)

@@ -91,9 +91,9 @@ def test_groups_and_operators_are_those_of_the_mesh(machine, rank):
         ("init",),
         ("AllGather", "hccl_world_group"),
         ("create_group", f"busway-dp-{first}", [first, first + 2]),
-        *[("AllReduce", "sum", f"busway-dp-{first}")] * 4,
+        *[("AllReduce", "sum", f"busway-dp-{first}")] * 3,
         ("create_group", "busway-dp-tp-0", [0, 1, 2, 3]),
-        *[("AllReduce", "sum", "busway-dp-tp-0")] * 4,
+        *[("AllReduce", "sum", "busway-dp-tp-0")] * 3,
     ]
     assert all(operator.attributes == {"side_effect_io": True} for operator in recorder.made)
 
@@ -125,7 +125,7 @@ def test_one_bucket_of_gradients_is_what_the_formula_predicts(machine):
 def test_float64_is_refused(machine, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # a graph that fails to compile leaves a folder in the working directory
     _, made = connect(0, machine)
-    with pytest.raises(TypeError, match="all_reduce takes tensors of Float32, Float16, BFloat16, Int32"):
+    with pytest.raises(TypeError, match="all_reduce takes tensors of Float32, BFloat16, Int32"):
         made.AllReduce("dp")((Tensor(np.zeros(3)),))
 
 

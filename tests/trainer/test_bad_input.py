@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trainer import cli, run_directory
+from trainer import cli, machine, run_directory
 from trainer.compose import compose_recipe
 from trainer.data.indexed import IndexedWriter
 from trainer.data.tokenizer import train_bpe
+from trainer.errors import MachineError
 
 WRONG = {
     "train.stepz=3": ("unknown key train.stepz", "did you mean 'train.steps'?"),
@@ -189,7 +190,7 @@ def test_a_dataset_without_its_other_file_is_refused(fails, dataset):
 def began(small_recipe, tmp_path, *overrides):
     words = [f"train.out={tmp_path}/runs", "train.name=mine", *overrides]
     recipe = compose_recipe(str(small_recipe), words).recipe
-    run_directory.choose(recipe, "small").create(recipe)
+    run_directory.create(recipe, "small")
 
 
 def test_a_name_that_exists_needs_resume(fails, small_recipe, tmp_path):
@@ -285,3 +286,17 @@ def test_a_command_line_that_cannot_be_read_is_a_few_lines_and_exit_code_2(capsy
     assert ended.value.code == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) <= 6 and "error: " in lines[-1]
+
+
+def test_a_failed_start_leaves_no_run_directory_behind(fails, small_recipe, tmp_path):
+    """The corrected command must not be told that its directory exists already."""
+    fails(3, "train.name=mine", "model.layers=100000")
+    assert not (tmp_path / "runs" / "mine").exists()
+
+
+def test_memory_of_a_device_is_held_against_the_topology(small_recipe):
+    recipe = compose_recipe("llama3_8b", ["model.layers=32"]).recipe
+    needed = machine.needed_memory_gib(recipe.model, 8192, 4)
+    with pytest.raises(MachineError, match=r"needs 1\d\d\.\d GiB a rank, but a die of cloudmatrix384 has 64\.0 GiB"):
+        machine.check_device_memory(needed, recipe.machine)
+    machine.check_device_memory(63.0, recipe.machine)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import struct
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from models import huggingface
 from trainer import convert
 from trainer.errors import InputError, MachineError
+from trainer.weight_files import read_weights, save_safetensors
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "huggingface"
 FAMILIES = ("llama", "qwen2", "qwen3")
@@ -59,14 +61,14 @@ def refused(source: Path, out: Path, match: str, command: str = "from-hf") -> No
     assert sorted(os.listdir(out.parent)) == before
 
 
-@pytest.mark.parametrize("size", ["5GB", "100KB"])
+@pytest.mark.parametrize("size", ["5", "1e-4"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_there_and_back_keeps_every_byte_and_dtype(family, size, tmp_path):
-    assert run("from-hf", FIXTURES / family, tmp_path / "ours", "--max-shard-size", size) == 0
-    assert run("to-hf", tmp_path / "ours", tmp_path / "theirs", "--max-shard-size", size) == 0
+    assert run("from-hf", FIXTURES / family, tmp_path / "ours", "--max-shard-gb", size) == 0
+    assert run("to-hf", tmp_path / "ours", tmp_path / "theirs", "--max-shard-gb", size) == 0
     theirs = raw_tensors(FIXTURES / family)
     assert raw_tensors(tmp_path / "theirs") == theirs
-    names = huggingface.names(convert.read_weights(tmp_path / "ours").config)
+    names = huggingface.names(read_weights(tmp_path / "ours").config)
     assert raw_tensors(tmp_path / "ours") == {ours: theirs[name] for ours, name in names.items()}
     assert (tmp_path / "theirs" / "config.json").read_bytes() == (FIXTURES / family / "config.json").read_bytes()
 
@@ -78,7 +80,7 @@ def test_the_fixtures_cover_bf16_and_a_sharded_index():
 
 def test_shards_stay_below_the_size_and_the_index_lists_them_as_transformers_does(tmp_path):
     run("from-hf", FIXTURES / "llama", tmp_path / "ours")
-    run("to-hf", tmp_path / "ours", tmp_path / "theirs", "--max-shard-size", "100KB")
+    run("to-hf", tmp_path / "ours", tmp_path / "theirs", "--max-shard-gb", "1e-4")
     index = json.loads((tmp_path / "theirs" / "model.safetensors.index.json").read_text())
     files = sorted(file.name for file in (tmp_path / "theirs").glob("*.safetensors"))
     assert len(files) > 1 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
@@ -90,11 +92,43 @@ def test_shards_stay_below_the_size_and_the_index_lists_them_as_transformers_doe
         assert sum(sizes[name] for name in listed) <= 100_000
 
 
-def test_tokenizer_files_travel_both_ways(llama, tmp_path):
+def test_small_files_beside_the_weights_travel_both_ways(llama, tmp_path):
     (llama / "tokenizer.json").write_text('{"version": "1.0"}')
+    (llama / "a new vocabulary.txt").write_bytes(b"\xff\0")
+    (llama / "pytorch_model.bin").touch()
+    (llama / "runs").mkdir()
     run("from-hf", llama, tmp_path / "ours")
     run("to-hf", tmp_path / "ours", tmp_path / "theirs")
-    assert (tmp_path / "theirs" / "tokenizer.json").read_text() == '{"version": "1.0"}'
+    theirs = tmp_path / "theirs"
+    assert set(os.listdir(theirs)) == set(os.listdir(llama)) - {"pytorch_model.bin", "runs"}
+    assert (theirs / "tokenizer.json").read_text() == '{"version": "1.0"}'
+    assert (theirs / "a new vocabulary.txt").read_bytes() == b"\xff\0"
+
+
+def test_large_files_and_links_to_elsewhere_stay_and_are_named(llama, tmp_path, capsys):
+    (tmp_path / "secret").write_text("mine")
+    (llama / "notes").symlink_to("../secret")
+    (llama / "merges.txt").write_text("a b")
+    (llama / "merges").symlink_to("merges.txt")
+    with (llama / "film").open("wb") as film:
+        film.truncate(64 * 10**6)
+    run("from-hf", llama, tmp_path / "ours")
+    assert "left out, as large or links to elsewhere: film, notes\n" in capsys.readouterr().out
+    assert not {"film", "notes"} & set(os.listdir(tmp_path / "ours"))
+    assert (tmp_path / "ours" / "merges").read_text() == "a b" and not (tmp_path / "ours" / "merges").is_symlink()
+
+
+def test_a_snapshot_in_hugging_faces_cache_is_followed_to_its_blobs(llama, tmp_path):
+    (llama / "tokenizer.json").write_text("{}")
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--a--b" / "blobs").mkdir()
+    for file in list(llama.iterdir()):
+        file.rename(tmp_path / "models--a--b" / "blobs" / file.name)
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    run("from-hf", snapshot, tmp_path / "ours")
+    assert (tmp_path / "ours" / "tokenizer.json").read_text() == "{}"
+    assert raw_tensors(tmp_path / "ours")
 
 
 def test_written_files_follow_the_umask(tmp_path):
@@ -115,14 +149,14 @@ def test_an_edited_model_yaml_wins_over_the_config_that_came_with_the_weights(tm
     original = json.loads((FIXTURES / "llama" / "config.json").read_text())
     assert written["max_position_embeddings"] == 512
     assert (written["bos_token_id"], written["eos_token_id"]) == (original["bos_token_id"], original["eos_token_id"])
-    assert huggingface.to_config(written) == convert.read_weights(tmp_path / "ours").config
+    assert huggingface.to_config(written) == read_weights(tmp_path / "ours").config
 
 
 def test_weights_that_never_were_theirs_get_a_new_config(tmp_path):
     run("from-hf", FIXTURES / "qwen3", tmp_path / "ours")
     (tmp_path / "ours" / "huggingface.json").unlink()
     run("to-hf", tmp_path / "ours", tmp_path / "theirs")
-    assert convert.read_weights(tmp_path / "theirs").config == convert.read_weights(tmp_path / "ours").config
+    assert read_weights(tmp_path / "theirs").config == read_weights(tmp_path / "ours").config
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -132,28 +166,26 @@ def test_reading_gives_the_same_values_from_both_formats(family, tmp_path):
     for file in (FIXTURES / family).glob("*.safetensors"):
         theirs |= load_file(file)
     for directory in (FIXTURES / family, tmp_path / "ours"):
-        weights = convert.read_weights(directory)
-        assert weights.names() == [spec.name for spec in weights.config.parameters()]
+        weights = read_weights(directory)
+        assert list(weights.tensors) == [spec.name for spec in weights.config.parameters()]
         for ours, name in huggingface.names(weights.config).items():
             np.testing.assert_array_equal(weights.read(ours), theirs[name])
-            np.testing.assert_array_equal(weights.read_rows(ours, 3, 7), theirs[name][3:7])
 
 
 def test_bfloat16_is_widened_exactly():
-    weights = convert.read_weights(FIXTURES / "qwen2")
+    weights = read_weights(FIXTURES / "qwen2")
     name = "layers.1.attention.k_proj.weight"
     dtype, shape, data = raw_tensors(FIXTURES / "qwen2")["model.layers.1.self_attn.k_proj.weight"]
     value = weights.read(name)
     assert dtype == "BF16" and value.dtype == np.float32 and list(value.shape) == shape
     high = np.frombuffer(data, "<u2").reshape(shape)
     np.testing.assert_array_equal(value.view(np.uint32), high.astype(np.uint32) << 16)
-    np.testing.assert_array_equal(weights.read_rows(name, 1, 2), value[1:2])
 
 
 def test_float16_is_widened(llama):
     halves = {name: value.astype(np.float16) for name, value in load_file(llama / "model.safetensors").items()}
     save_file(halves, llama / "model.safetensors")
-    value = convert.read_weights(llama).read("norm.weight")
+    value = read_weights(llama).read("norm.weight")
     np.testing.assert_array_equal(value, halves["model.norm.weight"].astype(np.float32))
 
 
@@ -256,7 +288,7 @@ def test_a_directory_without_weights_is_refused(tmp_path, command, missing):
     refused(tmp_path / "empty", tmp_path / "out", f"has no {missing}", command)
     refused(tmp_path / "absent", tmp_path / "out", f"has no {missing}", command)
     with pytest.raises(InputError, match="is not a weight directory"):
-        convert.read_weights(tmp_path / "empty")
+        read_weights(tmp_path / "empty")
 
 
 @pytest.mark.parametrize(
@@ -285,20 +317,39 @@ def test_an_empty_out_is_taken(tmp_path):
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_an_out_that_cannot_be_written_is_a_machine_error_that_leaves_nothing(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
+@pytest.fixture
+def file_limit():
+    """file_limit(bytes) has the system refuse larger files (EFBIG) until the test is over."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-    monkeypatch.setattr(convert, "serialize_file", full)
-    with pytest.raises(MachineError, match=r"cannot write .*out .*No space left") as error:
+
+def test_an_out_that_cannot_be_written_is_a_machine_error_that_leaves_nothing(tmp_path, file_limit):
+    file_limit(100_000)
+    with pytest.raises(MachineError) as error:
         run("from-hf", FIXTURES / "llama", tmp_path / "out")
+    assert str(error.value) == (
+        f"cannot write {tmp_path / 'out'}: File too large; raise the limit on a file's size (ulimit -f) or "
+        "set OUT to another disk"
+    )
     assert error.value.exit_code == 3
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("size", ["5", "0GB", "five", "-1GB"])
+def test_saved_arrays_are_read_back_by_the_library(tmp_path):
+    arrays = {"b": np.arange(6.0).reshape(2, 3).T, "a": np.float32([[1, 2]]), "none": np.zeros((0, 4), np.int64)}
+    save_safetensors(tmp_path / "x.safetensors", arrays)
+    read = load_file(tmp_path / "x.safetensors")
+    assert read.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert read[name].dtype == array.dtype
+        np.testing.assert_array_equal(read[name], array)
+
+
+@pytest.mark.parametrize("size", ["0", "five", "-1", "nan"])
 def test_a_size_without_meaning_is_a_usage_error(tmp_path, size, capsys):
     with pytest.raises(SystemExit) as stop:
-        run("from-hf", FIXTURES / "llama", tmp_path / "out", f"--max-shard-size={size}")
+        run("from-hf", FIXTURES / "llama", tmp_path / "out", f"--max-shard-gb={size}")
     assert stop.value.code == 2
-    assert "is not a size" in capsys.readouterr().err
+    assert f"must be a number above 0, but is '{size}'" in capsys.readouterr().err

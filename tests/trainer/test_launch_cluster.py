@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from omegaconf import OmegaConf
 
 from models.checks import ConfigError
-from trainer.launch import LauncherSettings, choose, resolve, world_from_environment
+from trainer.launch import choose, local_size, resolve, world_from_environment
 from trainer.launch.cluster import expand_hosts
+from trainer.launch.settings import LauncherSettings
 
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "48", "SLURM_NODEID": "12", "SLURM_JOB_NODELIST": "a3-[009-056]"}
 MODELARTS = {
@@ -24,35 +27,35 @@ VOLCANO = {"VC_TASK_INDEX": "1", "VC_WORKER_HOSTS": "job-worker-0.job,job-worker
 @pytest.mark.parametrize(
     ("keys", "environ", "expected"),
     [
-        ({}, {}, (1, 0, "127.0.0.1", 8118, "this machine")),
-        ({"master_port": 9000}, {}, (1, 0, "127.0.0.1", 9000, "this machine")),
-        ({"nodes": 2, "node_rank": 1, "master_addr": "10.0.0.1"}, {}, (2, 1, "10.0.0.1", 8118, "recipe")),
-        ({"nodes": 2, "node_rank": 1, "master_addr": "10.0.0.1"}, SLURM, (2, 1, "10.0.0.1", 8118, "recipe")),
-        ({"nodes": 1}, SLURM, (1, 0, "127.0.0.1", 8118, "recipe")),
-        ({}, SLURM, (48, 12, "a3-009", 8118, "Slurm")),
-        ({"master_addr": "10.0.0.9"}, SLURM, (48, 12, "10.0.0.9", 8118, "Slurm")),
-        ({}, {"SLURM_NNODES": "2", "SLURM_NODEID": "1", "SLURM_NODELIST": "a,b"}, (2, 1, "a", 8118, "Slurm")),
+        ({}, {}, (1, 0, "127.0.0.1", 8118)),
+        ({"master_port": 9000}, {}, (1, 0, "127.0.0.1", 9000)),
+        ({"nodes": 2, "node_rank": 1, "master_addr": "10.0.0.1"}, {}, (2, 1, "10.0.0.1", 8118)),
+        ({"nodes": 2, "node_rank": 1, "master_addr": "10.0.0.1"}, SLURM, (2, 1, "10.0.0.1", 8118)),
+        ({"nodes": 1}, SLURM, (1, 0, "127.0.0.1", 8118)),
+        ({}, SLURM, (48, 12, "a3-009", 8118)),
+        ({"master_addr": "10.0.0.9"}, SLURM, (48, 12, "10.0.0.9", 8118)),
+        ({}, {"SLURM_NNODES": "2", "SLURM_NODEID": "1", "SLURM_NODELIST": "a,b"}, (2, 1, "a", 8118)),
         (
             {},
             SLURM | {"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": "a3-[020,031]", "SLURM_NODEID": "1"},
-            (2, 1, "a3-020", 8118, "Slurm"),
+            (2, 1, "a3-020", 8118),
         ),
-        ({}, {"SLURM_JOB_ID": "7", "SLURM_NNODES": "1"}, (1, 0, "127.0.0.1", 8118, "Slurm")),
-        ({}, MODELARTS, (4, 3, "ma-job-x-worker-0.ma-job-x", 8118, "ModelArts")),
+        ({}, {"SLURM_JOB_ID": "7", "SLURM_NNODES": "1"}, (1, 0, "127.0.0.1", 8118)),
+        ({}, MODELARTS, (4, 3, "ma-job-x-worker-0.ma-job-x", 8118)),
         (
             {},
             MODELARTS | {"VC_WORKER_HOSTS": MODELARTS_HOSTS},
-            (4, 3, "modelarts-job-x-worker-0.modelarts-job-x", 8118, "ModelArts"),
+            (4, 3, "modelarts-job-x-worker-0.modelarts-job-x", 8118),
         ),
-        ({}, {"MA_NUM_HOSTS": "1", "VC_TASK_INDEX": "0"}, (1, 0, "127.0.0.1", 8118, "ModelArts")),
-        ({}, VOLCANO, (2, 1, "job-worker-0.job", 8118, "Volcano")),
-        ({}, {"VK_TASK_INDEX": "0", "VC_TRAIN_HOSTS": "a.j,b.j,c.j"}, (3, 0, "a.j", 8118, "Volcano")),
-        ({"master_addr": "h"}, {"VC_TASK_INDEX": "1", "VC_WORKER_NUM": "2"}, (2, 1, "h", 8118, "Volcano")),
+        ({}, {"MA_NUM_HOSTS": "1", "VC_TASK_INDEX": "0"}, (1, 0, "127.0.0.1", 8118)),
+        ({}, VOLCANO, (2, 1, "job-worker-0.job", 8118)),
+        ({}, {"VK_TASK_INDEX": "0", "VC_TRAIN_HOSTS": "a.j,b.j,c.j"}, (3, 0, "a.j", 8118)),
+        ({"master_addr": "h"}, {"VC_TASK_INDEX": "1", "VC_WORKER_NUM": "2"}, (2, 1, "h", 8118)),
     ],
 )
 def test_keys_win_over_the_schedulers_variables(keys, environ, expected):
     cluster = resolve(LauncherSettings(**keys), environ)
-    assert (cluster.nodes, cluster.node_rank, cluster.master_addr, cluster.master_port, cluster.source) == expected
+    assert (cluster.nodes, cluster.node_rank, cluster.master_addr, cluster.master_port) == expected
 
 
 @pytest.mark.parametrize(
@@ -119,6 +122,35 @@ def test_a_malformed_node_list_is_refused(text):
 )
 def test_a_process_knows_its_rank_under_each_launcher(environ, world):
     assert world_from_environment(environ) == world
+
+
+@pytest.mark.parametrize(
+    ("environ", "local"),
+    [
+        ({}, 32),
+        ({"MPI_LOCALNRANKS": "8"}, 8),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, 4),
+        ({"SLURM_STEP_TASKS_PER_NODE": "16"}, 16),
+        ({"SLURM_STEP_TASKS_PER_NODE": "8(x2)", "SLURM_NODEID": "1"}, 8),
+        ({"SLURM_STEP_TASKS_PER_NODE": "8(x2),4,12", "SLURM_NODEID": "2"}, 4),
+        ({"SLURM_STEP_TASKS_PER_NODE": "8(x2),4,12"}, 12),
+        ({"SLURM_NTASKS_PER_NODE": "16", "SLURM_NODEID": "1"}, 16),
+        ({"SLURM_STEP_TASKS_PER_NODE": "8(x4)", "SLURM_NTASKS_PER_NODE": "16"}, 8),
+        ({"MPI_LOCALNRANKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x16)", "SLURM_NODEID": "3"}, 2),
+        ({"SLURM_NTASKS_PER_NODE": "64"}, 32),
+    ],
+)
+def test_the_ranks_of_this_machine_are_those_that_the_launcher_says(environ, local):
+    assert local_size(environ, 32) == local
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("MPI_LOCALNRANKS", "x"), ("SLURM_NTASKS_PER_NODE", "0"), ("SLURM_STEP_TASKS_PER_NODE", "8(x")],
+)
+def test_a_variable_that_gives_no_number_of_local_ranks_is_named(name, value):
+    with pytest.raises(ConfigError, match=f"{name}={re.escape(value)} does not say"):
+        local_size({name: value}, 32)
 
 
 def test_a_rank_outside_its_world_is_refused():

@@ -11,8 +11,9 @@ import pytest
 
 from models.checks import ConfigError
 from trainer.errors import MachineError
-from trainer.launch import LauncherSettings, compose
-from trainer.launch.command import rank_environment, worker_command
+from trainer.launch import compose, rank_environment
+from trainer.launch.command import launched_environment, worker_command
+from trainer.launch.settings import LauncherSettings
 
 ROOT = str(Path(__file__).resolve().parents[2])
 
@@ -88,7 +89,7 @@ def test_on_48_nodes_each_starts_its_share_of_768_ranks(bin_directory, tmp_path)
         assert launch.log.name == "launcher-0192.log"
 
 
-def test_ranks_share_the_cores_and_get_a_world_of_their_own(bin_directory):
+def test_ranks_get_their_threads_and_a_world_of_their_own(bin_directory):
     environ = {
         "PATH": "/usr/bin",
         "PYTHONPATH": "/elsewhere",
@@ -98,7 +99,7 @@ def test_ranks_share_the_cores_and_get_a_world_of_their_own(bin_directory):
         "RANK_SIZE": "8",
         "SLURM_NODEID": "12",
     }
-    assert rank_environment(environ, 2, 8, "CPU") == {
+    assert launched_environment(environ, 4, "CPU") == {
         "PATH": f"{bin_directory}:/usr/bin",
         "PYTHONPATH": f"{ROOT}:/elsewhere",
         "PYTHONUNBUFFERED": "1",
@@ -108,14 +109,30 @@ def test_ranks_share_the_cores_and_get_a_world_of_their_own(bin_directory):
         "MKL_NUM_THREADS": "4",
         "SLURM_NODEID": "12",
     }
-    ascend = rank_environment({}, 16, 8, "Ascend")
+    ascend = launched_environment({}, 0, "Ascend")
     assert (ascend["OMP_NUM_THREADS"], ascend["HCCL_CONNECT_TIMEOUT"]) == ("1", "1200")
-    assert rank_environment({"HCCL_CONNECT_TIMEOUT": "7200"}, 16, 8, "Ascend")["HCCL_CONNECT_TIMEOUT"] == "7200"
+    assert launched_environment({"HCCL_CONNECT_TIMEOUT": "7200"}, 1, "Ascend")["HCCL_CONNECT_TIMEOUT"] == "7200"
+
+
+def test_launched_ranks_share_the_cores_that_busway_may_use(bin_directory, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(12)))
+    launch = compose(LauncherSettings(), 3, tmp_path / "run", "CPU", {})
+    assert launch.env["OMP_NUM_THREADS"] == "4"
+
+
+@pytest.mark.parametrize(
+    ("local", "cores", "threads"),
+    [(8, 64, "8"), (8, 8, "8"), (8, 4, "4"), (8, 32, "8"), (1, 16, "16"), (128, 64, "1"), (128, 1, "1")],
+    ids=["unbound", "its share", "fewer", "a socket for four", "alone", "crowded", "crowded and bound"],
+)
+def test_a_rank_of_another_launcher_uses_the_cores_that_it_is_bound_to(monkeypatch, local, cores, threads):
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    assert rank_environment({}, local, cores, "CPU")["OMP_NUM_THREADS"] == threads
 
 
 def test_an_installed_package_is_not_put_before_the_standard_library(monkeypatch):
     monkeypatch.setattr("trainer.launch.command.site.getsitepackages", lambda: [ROOT])
-    assert "PYTHONPATH" not in rank_environment({}, 1, 1, "CPU")
+    assert "PYTHONPATH" not in launched_environment({}, 1, "CPU")
 
 
 def test_a_rank_does_not_import_from_the_working_directory(tmp_path):
@@ -172,5 +189,5 @@ def test_ranks_that_do_not_fit_the_nodes_are_a_recipe_error(bin_directory, tmp_p
 
 def test_the_users_environment_is_left_alone(tmp_path):
     before = dict(os.environ)
-    rank_environment(os.environ, 2, 2, "CPU")
+    launched_environment(os.environ, 1, "CPU")
     assert dict(os.environ) == before

@@ -52,14 +52,16 @@ def test_a_rank_alone_keeps_its_stdout_and_gets_its_stderr_back(tmp_path):
 
 def test_a_known_error_is_one_line_and_its_traceback_is_in_the_log(tmp_path):
     code = "sys.exit(process.fail(MachineError('no memory; take less')))"
-    assert ended(run(tmp_path, code)) == (3, "", "no memory; take less\n")
+    assert ended(run(tmp_path, code)) == (3, "", "busway: no memory; take less\n")
     assert "MachineError: no memory" in log(tmp_path)
 
 
 def test_an_error_that_a_thread_does_not_catch_ends_the_rank(tmp_path):
     returncode, _, err = ended(run(tmp_path, "threading.Thread(target=lambda: 1 / 0).start(); time.sleep(60)"))
     assert returncode == 1
-    assert err == f"ZeroDivisionError: division by zero\nrank 0's log: {tmp_path}/logs/rank-0000.log\n"
+    assert err == (
+        f"busway: ZeroDivisionError: division by zero\nbusway: rank 0's log: {tmp_path}/logs/rank-0000.log\n"
+    )
 
 
 def test_in_a_foreign_world_only_the_first_rank_to_fail_speaks_and_none_hangs_in_abort(tmp_path):
@@ -70,7 +72,7 @@ process.fail(MachineError("disk full; free some"))
 time.sleep(60)
 """
     first = ended(run(tmp_path, code, {"PMI_RANK": "0", "PMI_SIZE": "2"}))
-    assert first == (3, "", "rank 0: disk full; free some\n")
+    assert first == (3, "", "busway: rank 0: disk full; free some\n")
     assert ended(run(tmp_path, code, {"PMI_RANK": "1", "PMI_SIZE": "2"})) == (3, "", "")
     assert "disk full" in (tmp_path / "logs" / "rank-0001.log").read_text()
 

@@ -89,7 +89,8 @@ sys.exit(process.finish())
 
 PARENT = """
 import os, sys
-from trainer.launch import LauncherSettings, compose, supervise
+from trainer.launch import compose, supervise
+from trainer.launch.settings import LauncherSettings
 run, worker, plan = sys.argv[1:]
 command = [sys.executable, "-P", worker, run, plan]
 sys.exit(supervise(compose(LauncherSettings(), len(plan.split(",")), run, "CPU", os.environ, command)))
@@ -146,6 +147,7 @@ def test_only_rank_0s_stdout_reaches_the_console_and_noise_goes_to_the_logs(tmp_
     for rank in range(3):
         assert f"noise of rank {rank}" in run.log(rank).read_text()
     assert "stdout of rank 1" in run.log(1).read_text()
+    assert (run.directory / "logs" / "launcher.log").read_text() == ""
 
 
 def test_rank_0_is_told_of_the_terminal_that_the_parent_holds(tmp_path):
@@ -161,7 +163,10 @@ def test_rank_0_is_told_of_the_terminal_that_the_parent_holds(tmp_path):
 def test_an_unexpected_error_is_shown_with_its_type_and_log_while_another_rank_hangs(tmp_path):
     run = Run(tmp_path, "hang,raise")
     assert run.end() == 1
-    assert run.err.splitlines() == ["rank 1: ValueError: bad value", f"rank 1's log: {run.log(1)}"]
+    assert run.err.splitlines() == [
+        "busway: rank 1: ValueError: bad value",
+        f"busway: rank 1's log: {run.log(1)}",
+    ]
     assert "Traceback" in run.log(1).read_text()
 
 
@@ -176,7 +181,7 @@ def test_an_unexpected_error_is_shown_with_its_type_and_log_while_another_rank_h
 def test_a_known_error_is_one_line_and_its_code_is_returned(tmp_path, plan, code, message):
     run = Run(tmp_path, plan)
     assert run.end() == code
-    assert run.err == message + "\n"
+    assert run.err == f"busway: {message}\n"
 
 
 @pytest.mark.parametrize(
@@ -195,8 +200,8 @@ def test_a_rank_that_dies_is_named_and_the_others_are_stopped(tmp_path, plan, co
     run = Run(tmp_path, plan)
     assert run.end() == code
     lines = run.err.splitlines()
-    assert lines[0] == message
-    assert lines[1].startswith(message[:6] + "'s log: ") and len(lines) == 2
+    assert lines[0] == f"busway: {message}"
+    assert lines[1].startswith(f"busway: {message[:6]}'s log: ") and len(lines) == 2
 
 
 def test_the_failure_of_an_earlier_launch_is_not_shown_again(tmp_path):
@@ -293,7 +298,8 @@ sys.exit(any(worker.returncode for worker in workers))
 MSRUN_PARENT = """
 import os, sys
 sys.executable = sys.argv[1]
-from trainer.launch import LauncherSettings, compose, supervise
+from trainer.launch import compose, supervise
+from trainer.launch.settings import LauncherSettings
 worker = [sys.executable, "-P", *sys.argv[2:]]
 settings = LauncherSettings(master_port=int(os.environ["PORT"]))
 sys.exit(supervise(compose(settings, 2, sys.argv[3], "Ascend", os.environ, worker)))
@@ -303,7 +309,9 @@ sys.exit(supervise(compose(settings, 2, sys.argv[3], "Ascend", os.environ, worke
 def test_under_msrun_a_rank_that_stops_early_does_not_cost_another_its_save(tmp_path, free_port):
     folder = tmp_path / "bin"
     folder.mkdir()
-    (folder / "python").symlink_to(sys.executable)
+    # Not a link, which would lead away from the environment's packages.
+    (folder / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    (folder / "python").chmod(0o755)
     (folder / "msrun").write_text(MSRUN.format(python=sys.executable, record=tmp_path / "record.json"))
     (folder / "msrun").chmod(0o755)
     run_directory = tmp_path / "run"

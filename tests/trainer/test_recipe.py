@@ -11,8 +11,7 @@ from omegaconf import OmegaConf
 from models.checks import ConfigError
 from trainer import cli
 from trainer.compose import compose_recipe, known_recipes, sweep
-from trainer.recipe import all_keys, resolved
-from trainer.train import key_reference
+from trainer.recipe import all_keys, key_reference, resolved
 
 KEYS_PAGE = Path(__file__).resolve().parents[2] / "docs" / "keys.md"
 
@@ -197,4 +196,4 @@ def test_help_keys_lists_every_key_with_its_meaning(capsys):
 
 
 def test_the_page_of_keys_is_made_from_the_dataclasses():
-    assert KEYS_PAGE.read_text() == key_reference() + "\n", "make it again: python -m trainer.train > docs/keys.md"
+    assert KEYS_PAGE.read_text() == key_reference() + "\n", "make it again: python -m trainer.recipe > docs/keys.md"

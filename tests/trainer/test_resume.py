@@ -131,7 +131,7 @@ def test_a_killed_rank_ends_the_run_and_is_named(busway):
     psutil.Process(int(victim[1])).kill()
     out, err = process.communicate(timeout=60)
     assert process.returncode == 1, (out, err)
-    assert err.startswith("rank 1: was killed by signal 9 (SIGKILL)") and len(err.splitlines()) <= 6
+    assert err.startswith("busway: rank 1: was killed by signal 9 (SIGKILL)") and len(err.splitlines()) <= 6
     left = [p for p in psutil.process_iter(["cmdline"]) if str(run.resolve()) in (p.info["cmdline"] or [])]
     assert left == []
 
@@ -140,7 +140,9 @@ def test_a_loss_that_is_not_finite_stops_both_ranks_and_spares_the_last_good_che
     overrides = ("layout.dp=2", "optimizer.lr=1e30", "checkpoint.every=1")
     run = busway.train("wild", *overrides, code=16)
     step = run.rows[-1]["step"] + 1
-    assert re.fullmatch(rf"rank \d: step {step}: the loss is \S+ and the gradient norm \S+; .+\n", run.stderr)
+    assert re.fullmatch(
+        rf"busway: rank \d: step {step}: the loss is \S+ and the gradient norm is \S+; .+\n", run.stderr
+    )
     assert "smaller optimizer.lr" in run.stderr
     assert run.lines[-1]["step"] == step and run.lines[-1]["event"] == "not_finite"
     assert (run.summary["status"], run.summary["exit_code"], run.summary["steps"]) == ("not_finite", 16, step)
@@ -154,7 +156,7 @@ def test_a_disk_that_fills_up_is_a_machine_error_and_the_earlier_checkpoint_stan
         overrides = ("layout.dp=2", "checkpoint.every=1", "checkpoint.keep=100", f"train.out={disk}")
         _, err = busway("train", *busway.words("full", *overrides), code=3)
         (line,) = err.splitlines()
-        assert line.startswith("rank 0: cannot write ") and "No space left on device" in line
+        assert line.startswith("busway: rank 0: cannot write ") and "No space left on device" in line
         assert "free some space or set train.out to another disk" in line
         folders = sorted(Path(disk, "full", "checkpoints").iterdir())
         assert folders and checkpoint.load(folders[-1]).step == len(folders)
@@ -168,7 +170,7 @@ def began(busway, straight):
         words = busway.words("straight", "checkpoint.resume=auto", *overrides)
         recipe = compose_recipe(words[0], words[1:]).recipe
         try:
-            run_directory.choose(recipe, "small")
+            run_directory.create(recipe, "small")
         except ConfigError as error:
             return str(error)
         return None
@@ -202,21 +204,28 @@ def test_a_folder_without_a_recipe_is_no_run(busway, straight):
     (busway.out / "other").mkdir()
     words = busway.words("other", "checkpoint.resume=auto")
     with pytest.raises(ConfigError, match="is not a run directory, as it holds no recipe.yaml"):
-        run_directory.choose(compose_recipe(words[0], words[1:]).recipe, "small")
+        run_directory.create(compose_recipe(words[0], words[1:]).recipe, "small")
 
 
 def save(folder, step, keep=2):
-    tensors = {"weights": {"w": np.full(3, step, np.float32)}}
+    tensors = {"weights": lambda: {"w": np.full(3, step, np.float32)}}
     return checkpoint.save(folder, tensors, {"step": step, "samples": 0, "callbacks": {}}, keep)
 
 
-def test_a_checkpoint_supersedes_those_past_it(tmp_path):
-    """A run that went back to step 1 must not later resume from steps that it left behind."""
+def test_going_back_to_a_step_removes_the_checkpoints_past_it(tmp_path):
+    """A run that went back to step 2 must not later resume from steps that it left behind."""
     for step in (1, 2, 3):
         save(tmp_path, step, keep=9)
-    save(tmp_path, 2, keep=9)
+    checkpoint.drop_after(tmp_path, 2)
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-00000001", "step-00000002"]
-    assert checkpoint.newest(tmp_path, pytest.fail).step == 2
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(tmp_path):
+    (save(tmp_path, 1) / "weights.safetensors").write_bytes(b"")
+    said = []
+    with pytest.raises(InputError, match="holds no whole checkpoint; name one with checkpoint.resume=PATH"):
+        checkpoint.newest(tmp_path, said.append)
+    assert len(said) == 1
 
 
 def test_a_folder_that_was_not_finished_is_no_checkpoint(tmp_path):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
@@ -252,11 +254,19 @@ def test_the_nodes_of_a_run_share_the_directory_that_the_first_makes(small_recip
 def test_two_runs_of_one_recipe_share_no_directory(small_recipe, tmp_path):
     recipe = compose_recipe(str(small_recipe), [f"train.out={tmp_path}"]).recipe
     for number in (1, 2):
-        run = run_directory.choose(recipe, "small")
-        run.create(recipe)
-        assert run.path == tmp_path / f"small-{number}"
+        run, new = run_directory.create(recipe, "small")
+        assert run.path == tmp_path / f"small-{number}" and new
     again = compose_recipe(str(small_recipe), [f"train.out={tmp_path}", "checkpoint.resume=auto"]).recipe
-    assert run_directory.choose(again, "small").path == tmp_path / "small-2"
+    os.utime(tmp_path / "small-1" / "recipe.yaml")  # the one that was started last, whatever its number
+    run, new = run_directory.create(again, "small")
+    assert run.path == tmp_path / "small-1" and not new
+
+
+def test_runs_that_start_at_once_share_no_directory(small_recipe, tmp_path):
+    recipe = compose_recipe(str(small_recipe), [f"train.out={tmp_path}"]).recipe
+    with ThreadPoolExecutor(8) as pool:
+        runs = list(pool.map(lambda _: run_directory.create(recipe, "small")[0].path, range(16)))
+    assert sorted(runs) == sorted(tmp_path / f"small-{number}" for number in range(1, 17))
 
 
 def test_other_ranks_wait_until_rank_0_has_made_the_directory_for_this_recipe(small_recipe, tmp_path):
@@ -269,10 +279,10 @@ def test_other_ranks_wait_until_rank_0_has_made_the_directory_for_this_recipe(sm
         run.wait_for(second, seconds=0)
     waiting = threading.Thread(target=run.wait_for, args=(second, 60))
     waiting.start()
-    run_directory.choose(first, "small").create(first)
+    run_directory.create(first, "small")
     waiting.join(timeout=60)
     assert not waiting.is_alive()
     with pytest.raises(ConfigError, match="exists already"):
-        run_directory.choose(first, "small")
+        run_directory.create(first, "small")
     with pytest.raises(MachineError, match="same recipe"):
         run.wait_for(recipe("train.steps=7"), seconds=0)

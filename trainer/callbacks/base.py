@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 class Callback:
     """Everything that is not the step itself. Override what you need; `loop` gives the state of the run.
 
-    A hook runs on every rank unless the callback is only listed on rank 0 (`trainer/callbacks/__init__.py`). A hook
+    A hook runs on every rank unless the callback is only listed on rank 0 (`_callbacks` in trainer/build.py). A hook
     that talks to other ranks must run on all of them.
     """
 
@@ -48,3 +48,6 @@ class Callback:
 
     def on_end(self, loop: Loop) -> None:
         """After the last step, also when the run was told to stop; `loop.status` says how it ended."""
+
+    def on_close(self, loop: Loop) -> None:
+        """Always last, after an error too: give back what `on_start` took."""

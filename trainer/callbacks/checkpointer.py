@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from trainer import checkpoint
 from trainer.callbacks.base import Callback
 
 if TYPE_CHECKING:
     from trainer.loop import Loop
-    from trainer.step import Outcome
+    from trainer.step import Outcome, Weights
 
 
 class Checkpointer(Callback):
@@ -19,8 +22,10 @@ class Checkpointer(Callback):
         self.saved_step: int | None = None
 
     def on_start(self, loop: Loop) -> None:
-        """What was resumed is saved already."""
+        """What was resumed is saved already, and what an earlier start saved past it is superseded."""
         self.saved_step = loop.step or None
+        if loop.collectives.rank == 0:
+            checkpoint.drop_after(loop.run.checkpoints, loop.step)
 
     def after_step(self, loop: Loop, outcome: Outcome) -> None:
         """At the interval."""
@@ -35,17 +40,19 @@ class Checkpointer(Callback):
 
     def _save(self, loop: Loop) -> None:
         if loop.collectives.rank == 0:
-            tensors = {
-                kind: {
-                    name: value
-                    for spec, parameter in zip(loop.weights.specs, parameters, strict=True)
-                    for name, value in spec.split(parameter.asnumpy())
-                }
-                for kind, parameters in loop.weights.kinds().items()
-            }
-            checkpoint.save(loop.run.checkpoints, tensors, state_of(loop), loop.recipe.checkpoint.keep)
+            kinds = {kind: partial(_values, loop.weights, kind) for kind in loop.weights.kinds()}
+            checkpoint.save(loop.run.checkpoints, kinds, state_of(loop), loop.recipe.checkpoint.keep)
         self.saved_step = loop.step
         loop.collectives.world.barrier()
+
+
+def _values(weights: Weights, kind: str) -> dict[str, np.ndarray]:
+    """Parameter name -> value of one kind, read from the device when it is asked for."""
+    return {
+        name: value
+        for spec, parameter in zip(weights.specs, weights.kinds()[kind], strict=True)
+        for name, value in spec.split(parameter.asnumpy())
+    }
 
 
 def state_of(loop: Loop) -> dict[str, Any]:

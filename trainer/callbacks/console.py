@@ -58,13 +58,16 @@ class Console(Callback):
         self.say(f"step {row[metrics.STEP]}  {row[metrics.EVENT].replace('_', ' ')}  {details}".rstrip())
 
     def on_end(self, loop: Loop) -> None:
-        """Takes the bar away and says where the results are."""
-        if self.progress:
-            self.progress.stop()
+        """Says where the results are."""
         if loop.status == "stopped":
             self.say(f"stopped after step {loop.step}, which is saved; go on with checkpoint.resume=auto")
         else:
             self.say(f"done after step {loop.step}; results are in {loop.run}")
+
+    def on_close(self, loop: Loop) -> None:
+        """Takes the bar away."""
+        if self.progress:
+            self.progress.stop()
 
     def say(self, text: str) -> None:
         """One line, as it is."""

@@ -6,7 +6,7 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -27,6 +27,8 @@ FLUSH_SECONDS = 2.0
 class MetricsFile(Callback):
     """Appends every row, evaluation and event; on resume, rows past the resumed step are dropped first."""
 
+    file: TextIO | None = None
+
     def on_start(self, loop: Loop) -> None:
         """Opens the file."""
         with writing_to(loop.run.metrics):
@@ -42,13 +44,14 @@ class MetricsFile(Callback):
     on_evaluation = on_row
     on_event = on_row
 
-    def on_end(self, loop: Loop) -> None:
+    def on_close(self, loop: Loop) -> None:
         """Closes the file."""
-        self.file.close()
+        if self.file:
+            self.file.close()
 
 
 def drop_rows_after(path: Path, step: int) -> None:
-    """Rewrite `path` without the rows past `step` and without a last line that was cut short."""
+    """Rewrite `path` without the rows past `step` and without what a kill cut short."""
     if not path.exists():
         return
     kept = []
@@ -109,7 +112,7 @@ class TensorBoard(Callback):
 
     on_evaluation = on_row
 
-    def on_end(self, loop: Loop) -> None:
+    def on_close(self, loop: Loop) -> None:
         """Closes the files."""
         with writing_to(loop.run.tensorboard):
             for writer in self.writers.values():

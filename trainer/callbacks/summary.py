@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from models.config import FLOPS_CONVENTION
@@ -95,5 +95,13 @@ class Summary(Callback):
             "placement": list(loop.mesh.placement),
             "traffic": self.traffic or [],
             "restarts": self.restarts,
-            "versions": {name: version(name) for name in VERSIONS},
+            "versions": {name: _version(name) for name in VERSIONS},
         }
+
+
+def _version(name: str) -> str | None:
+    """None where a package is the system's and not from PyPI, as MPI on a cluster."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

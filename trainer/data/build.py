@@ -11,15 +11,13 @@ import json
 import multiprocessing
 import os
 import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,12 +26,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer
 
-from trainer.data.files import sha256_of, write_text, writing
 from trainer.data.indexed import IndexedWriter, bin_path, dtype_for, idx_path
 from trainer.data.packed import loss_mask_prefix
 from trainer.data.sources import Document, TextFiles, text_files
 from trainer.data.tokenizer import end_of_document, load_tokenizer, vocab_size
 from trainer.errors import InputError, MachineError
+from trainer.files import DATASETS, sha256_of, write_text
+from trainer.machine import die_with_parent, writing_to
 
 CHUNK_BYTES = 1 << 20
 CHUNK_DOCUMENTS = 1024
@@ -110,13 +109,16 @@ def build(
     vocab = vocab_size(tokenizer)
     sources = [text_files(path, glob) for path in paths]
     begin = time.perf_counter()
-    with ExitStack() as stack:
-        writer = stack.enter_context(IndexedWriter(out_prefix, dtype_for(vocab)))
-        mask = stack.enter_context(_LossMaskWriter(out_prefix, writer.lengths))
-        with _ProgressBar(sources) as advance:
+    with (
+        IndexedWriter(out_prefix, dtype_for(vocab)) as writer,
+        IndexedWriter(loss_mask_prefix(out_prefix), np.uint8) as mask,
+    ):
+        prompts = 0
+        with _progress_bar(sources) as advance:
             for encoded in _encode_all(sources, tokenizer_path, tokenizer, end, processes, advance):
-                mask.add(encoded)
                 writer.add(encoded.tokens)
+                mask.add(np.arange(len(encoded.tokens)) >= encoded.prompt)
+                prompts += encoded.prompt
         if not writer.lengths:
             raise InputError(f"there is no text in {', '.join(paths)}; give files with text in them")
         manifest = Manifest(
@@ -127,6 +129,8 @@ def build(
             tokens=sum(writer.lengths),
             sources=list(paths),
         )
+        if not prompts:
+            mask.discard()
         _clear(out_prefix)
         write_text(manifest_path(out_prefix), json.dumps(asdict(manifest), indent=2) + "\n")
     report(_summary(manifest, bin_path(out_prefix), sources, time.perf_counter() - begin))
@@ -144,68 +148,28 @@ def _summary(manifest: Manifest, path: Path, sources: Sequence[TextFiles], secon
 
 def _clear(prefix: str | Path) -> None:
     """Remove what would make an older dataset of this name valid, before a part of the new one stands there."""
-    with writing(prefix):
+    with writing_to(prefix, DATASETS):
         for old in (prefix, loss_mask_prefix(prefix)):
             idx_path(old).unlink(missing_ok=True)
         bin_path(loss_mask_prefix(prefix)).unlink(missing_ok=True)
 
 
-class _LossMaskWriter:
-    """Writes the loss mask from the first document on that has a prompt; with none there is no file."""
+@contextmanager
+def _progress_bar(sources: Sequence[TextFiles]) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar where stderr is a terminal, else nothing; gives what to call with documents and bytes done."""
+    console = Console(stderr=True)
+    rate = TextColumn("{task.percentage:>3.0f}% {task.fields[rate]}")
+    columns = TextColumn("{task.description}"), BarColumn(), rate, TimeRemainingColumn()
+    done, begin = 0, time.perf_counter()
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("tokenising", total=sum(source.size for source in sources), rate="")
 
-    def __init__(self, prefix: str | Path, lengths: list[int]) -> None:
-        self._prefix = loss_mask_prefix(prefix)
-        self._lengths = lengths  # of the documents before this one; the token writer's own list
-        self._writer: IndexedWriter | None = None
+        def advance(documents: int, size: int) -> None:
+            nonlocal done
+            done += documents
+            bar.update(task, advance=size, rate=f"{done / (time.perf_counter() - begin):,.0f} documents/s")
 
-    def __enter__(self) -> _LossMaskWriter:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._writer is not None:
-            self._writer.__exit__(*error)
-
-    def add(self, encoded: Encoded) -> None:
-        if self._writer is None:
-            if not encoded.prompt:
-                return
-            self._writer = IndexedWriter(self._prefix, np.uint8)
-            for length in self._lengths:
-                self._writer.add(np.ones(length, np.uint8))
-        mask = np.ones(len(encoded.tokens), np.uint8)
-        mask[: encoded.prompt] = 0
-        self._writer.add(mask)
-
-
-class _ProgressBar:
-    """A progress bar over the bytes of the sources where stderr is a terminal, else nothing."""
-
-    def __init__(self, sources: Sequence[TextFiles]) -> None:
-        console = Console(stderr=True)
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f}% {task.fields[rate]}"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-            transient=True,
-        )
-        self._task = self._bar.add_task("tokenising", total=sum(source.size for source in sources), rate="")
-        self._documents = 0
-        self._begin = time.perf_counter()
-
-    def __enter__(self) -> Callable[[int, int], None]:
-        self._bar.start()
-        return self._advance
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.stop()
-
-    def _advance(self, documents: int, size: int) -> None:
-        self._documents += documents
-        rate = self._documents / (time.perf_counter() - self._begin)
-        self._bar.update(self._task, advance=size, rate=f"{rate:,.0f} documents/s")
+        yield advance
 
 
 def _chunks(sources: Iterable[TextFiles]) -> Iterator[list[Document]]:
@@ -283,19 +247,12 @@ _here: tuple[Tokenizer, int]
 
 def _start_process(tokenizer_path: Path, end: int) -> None:
     global _here
-    # Ctrl-C reaches the whole group: the parent alone answers it. If the parent is killed, nothing tells its
-    # children, so they watch for it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent alone answers it
+    die_with_parent()
+    if os.getppid() != multiprocessing.parent_process().pid:
+        os._exit(1)  # the parent was killed while this process started
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _here = load_tokenizer(tokenizer_path), end
-
-
-def _end_with_the_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)
 
 
 def _encode_here(documents: list[Document]) -> list[Encoded]:

@@ -19,17 +19,16 @@ not fit together is an `InputError` that names the file, the byte and the remedy
 
 from __future__ import annotations
 
-import os
 import struct
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
 
 import numpy as np
 
-from trainer.data.files import PARTIAL, writing
 from trainer.errors import InputError
+from trainer.files import DATASETS, PARTIAL, flush
+from trainer.machine import writing_to
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -203,7 +202,7 @@ class IndexedWriter:
         self.lengths: list[int] = []
         self._bounds = np.iinfo(self.dtype)
         self._partial = Path(f"{self.prefix}.bin{PARTIAL}")
-        with writing(self._partial):
+        with writing_to(self._partial, DATASETS):
             self._partial.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(self._partial, "wb")  # noqa: SIM115 - closed by commit and discard
 
@@ -226,7 +225,7 @@ class IndexedWriter:
                 f"{self.prefix}: document {len(self.lengths)} has token ids from {tokens.min()} to {tokens.max()}, "
                 f"which {self.dtype.name} cannot hold; name the vocabulary's true size"
             )
-        with writing(self._partial):
+        with writing_to(self._partial, DATASETS):
             self._file.write(tokens.astype(self.dtype).tobytes())
         self.lengths.append(tokens.size)
 
@@ -235,11 +234,11 @@ class IndexedWriter:
         if self._file.closed:
             return
         partial_index = Path(f"{self.prefix}.idx{PARTIAL}")
-        with writing(self._partial):
-            _sync(self._file)
-            with open(partial_index, "wb") as index:
-                index.write(self._index())
-                _sync(index)
+        with writing_to(self._partial, DATASETS):
+            self._file.close()
+            partial_index.write_bytes(self._index())
+            flush(self._partial)
+            flush(partial_index)
             # An older index must not meet the new tokens, so it goes first.
             idx_path(self.prefix).unlink(missing_ok=True)
             self._partial.replace(bin_path(self.prefix))
@@ -258,10 +257,3 @@ class IndexedWriter:
         pointers = (ends[:-1] * self.dtype.itemsize).astype("<i8")
         documents = np.arange(len(lengths) + 1, dtype="<i8")
         return header + lengths.tobytes() + pointers.tobytes() + documents.tobytes()
-
-
-def _sync(file: BinaryIO) -> None:
-    """Write through to the disk and close, so that a rename never commits a file that a crash would empty."""
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()

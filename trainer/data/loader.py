@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from models.checks import check
 from trainer.data.blend import Blend
 from trainer.data.packed import NO_LOSS, PackedDataset, Sample
 from trainer.data.permutation import Permutation
@@ -121,13 +120,8 @@ def evaluation_batches(
 
 def _share(global_batch: int, ranks: int, index: int, micro_batch: int) -> range:
     """The places in a global batch that rank `index` takes."""
-    check(
-        global_batch % (ranks * micro_batch) == 0,
-        "train.global_batch",
-        f"must be divisible by data-parallel ranks {ranks} x layout.micro_batch {micro_batch} = {ranks * micro_batch}, "
-        f"but is {global_batch}",
-        "change one of the three",
-    )
+    if global_batch % (ranks * micro_batch):  # a recipe's is checked by Layout.check_batch
+        raise ValueError(f"{ranks} ranks cannot share {global_batch} samples in micro-batches of {micro_batch}")
     size = global_batch // ranks
     return range(index * size, (index + 1) * size)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,7 +41,7 @@ class PackedDataset:
     The documents of the split, whose end-of-document tokens are in the data already, are one stream; sample i
     is its tokens i S to (i + 1) S, and the token after them is the last label. Held-out documents are chosen
     by a fixed function of their index until they make up the share `holdout` of all tokens, so that the two
-    splits never share a document.
+    splits never share a document. Of a lone document the last `holdout` of its tokens are held out.
 
     Args:
         indexed: the documents.
@@ -49,6 +50,7 @@ class PackedDataset:
         holdout: share of the tokens that is held out.
         mask_documents: attention and labels stop at the boundary of a document.
         vocab: ids from here on are an error when they are read; None checks only for negative ones.
+        name: what the user calls the text, for errors; None for the dataset's own prefix.
 
     Raises:
         InputError: the split is too short for one sample, the tokens are not integers, or the loss mask does
@@ -63,6 +65,7 @@ class PackedDataset:
         holdout: float = 0.02,
         mask_documents: bool = False,
         vocab: int | None = None,
+        name: str | None = None,
     ) -> None:
         if indexed.dtype.kind not in "iu":
             raise InputError(f"{indexed.prefix} holds {indexed.dtype.name}, not token ids; give a dataset of integers")
@@ -70,17 +73,16 @@ class PackedDataset:
         self.seq_len = seq_len
         self.mask_documents = mask_documents
         self.vocab = vocab
-        held_out = _held_out(indexed.lengths, holdout)
-        self.documents = np.flatnonzero(held_out if split == "holdout" else ~held_out)
+        self.documents, offsets, lengths = _split(indexed, split, holdout)
         """int64: indices of the documents of this split, ascending."""
-        self._starts = _cumulative(indexed.lengths[self.documents])
+        self._starts = _cumulative(lengths)
         self.tokens = int(self._starts[-1])
-        self._check_long_enough(split, holdout)
+        self._check_long_enough(name or indexed.prefix, split)
         self._loss_mask = _loss_mask_of(indexed)
         # Neighbours in the split that are neighbours in the file are read as one piece.
         firsts = np.flatnonzero(np.diff(self.documents, prepend=-2) != 1)
         self._piece_starts = self._starts[firsts]
-        self._piece_offsets = indexed.offsets[self.documents[firsts]]
+        self._piece_offsets = offsets[firsts]
 
     def __len__(self) -> int:
         return (self.tokens - 1) // self.seq_len
@@ -135,17 +137,17 @@ class PackedDataset:
             f"token id {tokens[bad][0]}; build the dataset again"
         )
 
-    def _check_long_enough(self, split: str, holdout: float) -> None:
+    def _check_long_enough(self, name: str, split: str) -> None:
         if self.tokens > self.seq_len:
             return
-        rule = (
-            f"{self.indexed.prefix} has {self.tokens:,} tokens in the {len(self.documents):,} documents of its {split} "
-            f"split, and one sample takes data.seq_len + 1 = {self.seq_len + 1:,}"
-        )
+        share = math.ceil(1000 * (self.seq_len + 1) / max(self.indexed.tokens, 1)) / 1000
         remedy = "give more text or a smaller data.seq_len"
-        if split == "holdout":
-            remedy = f"raise data.holdout above {holdout}, or set data.holdout=0 to train on everything"
-        raise InputError(f"{rule}; {remedy}")
+        if split == "holdout" and share < 1:
+            remedy = f"raise data.holdout to at least {share}, or give more text"
+        raise InputError(
+            f"{name} has {self.tokens:,} tokens in its {split} split, and one sample takes data.seq_len + 1 = "
+            f"{self.seq_len + 1:,}; {remedy}"
+        )
 
 
 def _cumulative(lengths: np.ndarray) -> np.ndarray:
@@ -153,22 +155,35 @@ def _cumulative(lengths: np.ndarray) -> np.ndarray:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
 
 
+def _split(indexed: IndexedDataset, split: str, share: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The documents of a split, their places in the file and their tokens: int64 [documents] each."""
+    filled = np.flatnonzero(indexed.lengths)
+    if len(filled) == 1 and share > 0:
+        offset, length = indexed.offsets[filled], indexed.lengths[filled]
+        learnt = length - math.ceil(share * int(length[0]))
+        return (filled, offset + learnt, length - learnt) if split == "holdout" else (filled, offset, learnt)
+    held_out = _held_out(indexed.lengths, share)
+    documents = np.flatnonzero(held_out if split == "holdout" else ~held_out)
+    return documents, indexed.offsets[documents], indexed.lengths[documents]
+
+
 def _held_out(lengths: np.ndarray, share: float) -> np.ndarray:
     """bool [documents]: which documents are held out.
 
     In an order that is a fixed permutation, until `share` of the tokens is reached. Documents longer than what
-    is to be held out are passed over, unless there is no other; the last document of a corpus is never taken.
+    is to be held out are passed over, unless there is no other; one document with tokens in it always stays.
     """
     held_out = np.zeros(len(lengths), bool)
     target = share * lengths.sum()
-    if share <= 0 or len(lengths) < 2:
+    if target <= 0:
         return held_out
     order = Permutation(len(lengths), HOLDOUT_SEED)(np.arange(len(lengths)))
-    fitting = order[(lengths[order] <= target) & (lengths[order] > 0)]
+    order = order[lengths[order] > 0]
+    fitting = order[lengths[order] <= target]
     if not len(fitting):
-        fitting = order[[np.argmin(np.where(lengths[order] > 0, lengths[order], np.iinfo(np.int64).max))]]
-    before = _cumulative(lengths[fitting])[:-1]
-    held_out[fitting[before < target]] = True
+        fitting = order[[np.argmin(lengths[order])]]
+    taken = fitting[_cumulative(lengths[fitting])[:-1] < target]
+    held_out[taken[: len(order) - 1]] = True
     return held_out
 
 

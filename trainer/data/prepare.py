@@ -3,14 +3,17 @@
 Raw text is tokenised once, and a `bpe:N` tokenizer trained once, and both are kept under
 ``$XDG_CACHE_HOME/busway`` (``~/.cache/busway``). The name of a cached file is a hash of all that it follows from,
 so nothing in the cache is ever out of date. One process of a node writes while the others wait for it; the
-operating system frees the lock of a writer that is killed, and the next one starts over.
+operating system frees the lock of a writer that is killed, and the next one starts over. The hash of a text's
+content is itself kept, under its files' paths, sizes and times, so that only the first process reads them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,16 +22,20 @@ from filelock import FileLock
 
 from models import checks
 from trainer.data.build import build, read_manifest
-from trainer.data.files import sha256_of, write_text, writing
 from trainer.data.indexed import IndexedDataset, bin_path, idx_path
 from trainer.data.packed import PackedDataset
 from trainer.data.settings import DataSettings
 from trainer.data.sources import STDLIB, TextFiles, text_files
 from trainer.data.tokenizer import end_of_document, load_tokenizer, train_bpe, vocab_size
-from trainer.errors import InputError
+from trainer.errors import InputError, MachineError
+from trainer.files import DATASETS, sha256_of, write_text
+from trainer.machine import writing_to
 
 CACHE_VERSION = 1
 """Changes when the same text would be written in another way."""
+
+SETTLED_S = 2.0
+"""A file changed less than this ago could change again without a new time, on the coarsest of file systems."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +44,9 @@ class Corpus:
 
     train: list[PackedDataset]
     holdout: list[PackedDataset]
-    """One a source; empty when `data.holdout` is 0."""
+    """One a source; empty when `data.holdout` is 0 or nobody asked."""
     weights: list[float]
     """Of the sources, for `Blend`."""
-    tokenizer_path: Path | None
-    """None when every source is a built dataset and no tokenizer was named."""
 
 
 def check(settings: DataSettings, model_vocab: int) -> None:
@@ -66,7 +71,13 @@ def check(settings: DataSettings, model_vocab: int) -> None:
             _check_raw(settings, source.path)
 
 
-def prepare(settings: DataSettings, model_vocab: int, seq_len: int, report: Callable[[str], None] = print) -> Corpus:
+def prepare(
+    settings: DataSettings,
+    model_vocab: int,
+    seq_len: int,
+    report: Callable[[str], None] = print,
+    evaluates: bool = True,
+) -> Corpus:
     """Tokenise what is not tokenised yet, and open everything.
 
     Args:
@@ -74,6 +85,7 @@ def prepare(settings: DataSettings, model_vocab: int, seq_len: int, report: Call
         model_vocab: rows of the model's embedding.
         seq_len: tokens of a sample.
         report: takes one line about each step that takes a while; silent when all is cached.
+        evaluates: whether the held-out text is wanted too; it is kept out of training either way.
     """
     check(settings, model_vocab)
     raw = {source.path: text_files(source.path) for source in settings.sources if not is_built(source.path)}
@@ -90,15 +102,14 @@ def prepare(settings: DataSettings, model_vocab: int, seq_len: int, report: Call
 
     def packed(split: str) -> list[PackedDataset]:
         return [
-            PackedDataset(data, seq_len, split, settings.holdout, settings.mask_documents, model_vocab)
-            for data in datasets
+            PackedDataset(data, seq_len, split, settings.holdout, settings.mask_documents, model_vocab, source.path)
+            for data, source in zip(datasets, settings.sources, strict=True)
         ]
 
     return Corpus(
         train=packed("train"),
-        holdout=packed("holdout") if settings.holdout else [],
+        holdout=packed("holdout") if settings.holdout and evaluates else [],
         weights=[source.weight for source in settings.sources],
-        tokenizer_path=tokenizer_path,
     )
 
 
@@ -209,7 +220,7 @@ def _once(path: Path, make: Callable[[], None]) -> None:
     """Call `make`, which makes `path` by rename, unless it is there; one process at a time."""
     if path.exists():
         return
-    with writing(path):
+    with writing_to(path, DATASETS):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(f"{path}.lock")
         lock.acquire()
@@ -222,9 +233,24 @@ def _once(path: Path, make: Callable[[], None]) -> None:
 
 def _content_of(files: TextFiles) -> str:
     """A hash of the bytes and kinds of a source's files, in their order; where they lie does not matter."""
-    digest = hashlib.sha256()
-    for file in files.files:
-        digest.update(f"{file.suffix == '.jsonl'} {sha256_of(file)}\n".encode())
+    try:
+        states = [file.stat() for file in files.files]
+        paths = [str(file.absolute()) for file in files.files]
+        known = [(s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in states]
+        record = cache_dir() / f"content-{_key('content', paths, known)}"
+        if record.is_file():
+            return record.read_text(encoding="utf-8")
+        settled = max(max(s.st_mtime, s.st_ctime) for s in states) < time.time() - SETTLED_S
+        digest = hashlib.sha256()
+        for file in files.files:
+            digest.update(f"{file.suffix == '.jsonl'} {sha256_of(file)}\n".encode())
+    except OSError as error:
+        raise InputError(f"cannot read {error.filename}: {error.strerror}; make it readable or leave it out") from error
+    if settled:
+        # A cache that may not be written may hold all that is needed.
+        with suppress(MachineError), writing_to(record, DATASETS):
+            record.parent.mkdir(parents=True, exist_ok=True)
+            write_text(record, digest.hexdigest())
     return digest.hexdigest()
 
 

@@ -37,7 +37,7 @@ class DataSettings:
     mask_documents: bool = False
     """Stop attention and loss at document boundaries within a sample."""
     holdout: float = 0.02
-    """Share of the tokens that is kept out of training, whole documents, for evaluation; 0 keeps none."""
+    """Share of the tokens kept out of training, for evaluation: whole documents, or a lone one's end; 0: none."""
 
     def __post_init__(self) -> None:
         check_at_least("data.seq_len", self.seq_len, 1)

@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from models.checks import ConfigError, check
-from trainer.launch.cluster import Cluster, resolve
+from trainer.launch.cluster import resolve
 from trainer.launch.command import (
     check_master_port,
+    launched_environment,
     local_ranks,
     mpi_command,
     msrun_command,
@@ -23,16 +24,14 @@ from trainer.launch.command import (
 )
 from trainer.launch.settings import LauncherSettings
 from trainer.launch.supervise import Launch, supervise
-from trainer.launch.world import is_scheduler, world_from_environment
+from trainer.launch.world import is_scheduler, local_size, world_from_environment
 
 __all__ = [
-    "Cluster",
-    "Launch",
-    "LauncherSettings",
     "choose",
     "compose",
     "is_scheduler",
-    "launch",
+    "local_size",
+    "rank_environment",
     "resolve",
     "supervise",
     "world_from_environment",
@@ -101,22 +100,11 @@ def compose(
             f"must be 1 on CPU, where busway starts ranks on this machine alone, but is {settings.nodes}",
             f"for several nodes run: mpiexec -n {ranks} busway train … launcher.kind=none",
         )
-        env = rank_environment(environ, ranks, cores, device)
+        env = launched_environment(environ, cores // ranks, device)
         return Launch(mpi_command(ranks, worker), env, run_directory, range(ranks))
     cluster = resolve(settings, environ)
     local = local_ranks(cluster, ranks)
     command = msrun_command(cluster, ranks, run_directory / "logs" / "msrun", worker)
     check_master_port(cluster)
-    env = rank_environment(environ, len(local), cores, device)
+    env = launched_environment(environ, cores // len(local), device)
     return Launch(command, env, run_directory, local, cluster.nodes)
-
-
-def launch(
-    settings: LauncherSettings,
-    ranks: int,
-    run_directory: Path,
-    device: str,
-    environ: Mapping[str, str] = os.environ,
-) -> int:
-    """Run the recipe in `run_directory` on `ranks` ranks and return the exit code, the user told of failures."""
-    return supervise(compose(settings, ranks, run_directory, device, environ))

@@ -28,8 +28,6 @@ class Cluster:
     node_rank: int
     master_addr: str
     master_port: int
-    source: str
-    """Who said so: `recipe`, `Slurm`, `ModelArts`, `Volcano`, or `this machine` (nobody: one node)."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +35,7 @@ class _Found:
     """What a scheduler's variables say; None where they are silent."""
 
     source: str
+    """`Slurm`, `ModelArts` or `Volcano`."""
     nodes: int
     node_rank: int | None
     master_addr: str | None
@@ -50,11 +49,10 @@ def resolve(settings: LauncherSettings, environ: Environ) -> Cluster:
     by_hand = None not in (settings.nodes, settings.node_rank, settings.master_addr)
     found = None if by_hand or settings.nodes == 1 else _scheduler(environ)
     nodes = settings.nodes or (found.nodes if found else 1)
-    source = found.source if found else "recipe" if settings.nodes else "this machine"
     port = settings.master_port or DEFAULT_PORT
     if nodes == 1:
         _check_node_rank(settings.node_rank or 0, nodes, "launcher.node_rank")
-        return Cluster(1, 0, settings.master_addr or LOCAL_ADDRESS, port, source)
+        return Cluster(1, 0, settings.master_addr or LOCAL_ADDRESS, port)
 
     node_rank = settings.node_rank if settings.node_rank is not None else found and found.node_rank
     master_addr = settings.master_addr or (found and found.master_addr)
@@ -65,8 +63,8 @@ def resolve(settings: LauncherSettings, environ: Environ) -> Cluster:
             f"is not set, but the run has {nodes} nodes and no scheduler's variable gives it",
             f"set launcher.{key}, or under Slurm start with: srun --ntasks-per-node=1 busway train …",
         )
-    _check_node_rank(node_rank, nodes, "launcher.node_rank" if settings.node_rank is not None else source)
-    return Cluster(nodes, node_rank, master_addr, port, source)
+    _check_node_rank(node_rank, nodes, "launcher.node_rank" if settings.node_rank is not None else found.source)
+    return Cluster(nodes, node_rank, master_addr, port)
 
 
 def _check_node_rank(node_rank: int, nodes: int, name: str) -> None:

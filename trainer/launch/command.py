@@ -90,14 +90,23 @@ def _program(name: str, remedy: str) -> str:
 
 
 def rank_environment(environ: Mapping[str, str], local: int, cores: int, device: str) -> dict[str, str]:
-    """The environment for `local` ranks of this node, which share `cores`. What the user has set stays."""
+    """The environment for this process as one of the `local` ranks that a launcher above has started on this machine.
+
+    `cores` is how many this rank may run on. The launcher may have bound it to its share, or to a socket that several
+    ranks share: it takes all of them, but no more than its share of the machine.
+    """
+    return launched_environment(environ, min(cores, (os.cpu_count() or cores) // local), device)
+
+
+def launched_environment(environ: Mapping[str, str], threads: int, device: str) -> dict[str, str]:
+    """The environment for ranks of `threads` threads each, at least 1. What the user has set stays."""
     env = {
         name: value
         for name, value in environ.items()
         if not name.startswith(FOREIGN_PREFIXES) and name not in FOREIGN_NAMES
     }
     # Spinning OpenMP threads take the cores that MindSpore's own threads work on.
-    defaults = {"OMP_WAIT_POLICY": "passive", **dict.fromkeys(THREAD_VARIABLES, str(max(1, cores // local)))}
+    defaults = {"OMP_WAIT_POLICY": "passive", **dict.fromkeys(THREAD_VARIABLES, str(max(1, threads)))}
     if device == "Ascend":
         defaults["HCCL_CONNECT_TIMEOUT"] = str(HCCL_CONNECT_TIMEOUT)
     for name, value in defaults.items():

@@ -5,14 +5,24 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from models.checks import ConfigError
-from trainer.errors import EXIT_UNEXPECTED, BuswayError, exit_code_of
+from trainer.errors import (
+    EXIT_INPUT,
+    EXIT_MACHINE,
+    EXIT_NOT_FINITE,
+    EXIT_STOPPED,
+    EXIT_STOPPED_AT_ONCE,
+    EXIT_UNEXPECTED,
+    BuswayError,
+    exit_code_of,
+)
 
 MESSAGE_LENGTH = 400
-KNOWN_CODES = (2, 3, 16, 75, 130)
+KNOWN_CODES = (EXIT_INPUT, EXIT_MACHINE, EXIT_NOT_FINITE, EXIT_STOPPED, EXIT_STOPPED_AT_ONCE)
 
 
 def rank_log(run_directory: Path, rank: int) -> Path:
@@ -72,6 +82,18 @@ def claim(path: Path, failure: Failure) -> bool:
     except OSError:
         return True
     return True
+
+
+def record(failure: Failure, launch_directory: Path, run_directory: Path) -> None:
+    """Leave `failure` for this node's launching process and for the other nodes', unless another came first."""
+    claim(launch_directory / "failure.json", failure)
+    claim(failure_file(run_directory), failure)
+
+
+def tell(text: str) -> None:
+    """Say on stderr why the run failed, as the command line says its own errors."""
+    for line in text.splitlines():
+        print(f"busway: {line}", file=sys.stderr, flush=True)
 
 
 def read(path: Path) -> Failure | None:

@@ -7,7 +7,6 @@ nothing outlives the launcher.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -15,16 +14,16 @@ import sys
 from pathlib import Path
 
 from trainer.errors import EXIT_STOPPED, EXIT_UNEXPECTED
-from trainer.launch.failure import Failure, claim, failure_file, failure_of_exit, rank_log
-from trainer.launch.world import LAUNCH_VARIABLE, RUN_VARIABLE, exit_file, is_scheduler, world_from_environment
-
-PR_SET_PDEATHSIG = 1
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent ends (Linux)."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+from trainer.launch.failure import failure_of_exit, rank_log, record
+from trainer.launch.world import (
+    LAUNCH_VARIABLE,
+    RUN_VARIABLE,
+    STOP_SIGNALS,
+    exit_file,
+    is_scheduler,
+    world_from_environment,
+)
+from trainer.machine import die_with_parent
 
 
 def _before_rank() -> None:
@@ -51,12 +50,6 @@ def keep(command: list[str]) -> int:
         return 0 if status in (0, EXIT_STOPPED) else EXIT_UNEXPECTED
     record(failure_of_exit(status, rank, rank_log(run_directory, rank)), launch_directory, run_directory)
     return EXIT_UNEXPECTED
-
-
-def record(failure: Failure, launch_directory: Path, run_directory: Path) -> None:
-    """Leave `failure` for this node's launching process and for the other nodes', unless another came first."""
-    claim(launch_directory / "failure.json", failure)
-    claim(failure_file(run_directory), failure)
 
 
 if __name__ == "__main__":

@@ -18,9 +18,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from trainer.errors import EXIT_DONE, EXIT_STOPPED, EXIT_STOPPED_AT_ONCE, EXIT_UNEXPECTED, MachineError, Stopped
-from trainer.launch.failure import claim, failure_file, failure_of, rank_log
-from trainer.launch.keeper import STOP_SIGNALS, record
-from trainer.launch.world import LAUNCH_VARIABLE, console_pipe, exit_file, pid_file, world_from_environment
+from trainer.launch.failure import claim, failure_file, failure_of, rank_log, record, tell
+from trainer.launch.world import (
+    LAUNCH_VARIABLE,
+    STOP_SIGNALS,
+    console_pipe,
+    exit_file,
+    pid_file,
+    world_from_environment,
+)
 
 ABORT_SECONDS = 5.0
 """How long `MPI_Abort` may take before a failed rank leaves without it."""
@@ -98,7 +104,7 @@ class RankProcess:
         self._announce(failure.code)
         self._restore()
         if first:
-            print(failure if self.size > 1 else str(failure).removeprefix("rank 0: "), file=sys.stderr)
+            tell(str(failure) if self.size > 1 else str(failure).removeprefix("rank 0: "))
         if self.size > 1:
             watchdog = threading.Timer(ABORT_SECONDS, os._exit, [failure.code])
             watchdog.daemon = True

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from trainer.errors import EXIT_DONE, EXIT_MACHINE, EXIT_STOPPED, EXIT_STOPPED_AT_ONCE, MachineError
-from trainer.launch.failure import Failure, failure_file, read
-from trainer.launch.keeper import STOP_SIGNALS, die_with_parent
-from trainer.launch.world import LAUNCH_VARIABLE, RUN_VARIABLE, console_pipe, exit_file, pid_file
+from trainer.launch.failure import Failure, failure_file, read, tell
+from trainer.launch.world import LAUNCH_VARIABLE, RUN_VARIABLE, STOP_SIGNALS, console_pipe, exit_file, pid_file
+from trainer.machine import die_with_parent
 
 FAILURE_SECONDS = 1.0
 """After the first failure: time for the failed rank to write its traceback before everything is killed."""
@@ -180,12 +180,12 @@ class _Supervisor:
             _say("stopped at once; what was not saved is lost")
             return EXIT_STOPPED_AT_ONCE
         if failure := self._failure():
-            _say(str(failure))
+            tell(str(failure))
             return failure.code
         codes = [self._exit_code(rank) for rank in self.launch.ranks]
         if None not in codes:
             return EXIT_STOPPED if EXIT_STOPPED in codes else EXIT_DONE
-        _say(
+        tell(
             f"{Path(self.launch.command[0]).name} ended with {launcher.returncode} before the ranks had, and no rank "
             f"said why\nits log: {self.launch.log}"
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,6 +23,17 @@ RANK_VARIABLES = (
 )
 
 
+LOCAL_SIZE_VARIABLES = (
+    "MPI_LOCALNRANKS",  # Hydra's
+    "OMPI_COMM_WORLD_LOCAL_SIZE",
+    "SLURM_STEP_TASKS_PER_NODE",  # of every node: 8(x2),4
+    "SLURM_NTASKS_PER_NODE",
+)
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+"""Ask for an end after the current step."""
+
+
 def world_from_environment(environ: Mapping[str, str]) -> tuple[int, int]:
     """(rank, size) that msrun, mpiexec or srun gave this process; (0, 1) without a launcher."""
     pairs = RANK_VARIABLES
@@ -31,6 +44,25 @@ def world_from_environment(environ: Mapping[str, str]) -> tuple[int, int]:
         if environ.get(rank_name) and environ.get(size_name):
             return _read(environ, rank_name, size_name)
     return 0, 1
+
+
+def local_size(environ: Mapping[str, str], size: int) -> int:
+    """Ranks on this machine, out of a world of `size`: as mpiexec or srun says, else all of them.
+
+    Raises `ConfigError` where what they say is no number of ranks.
+    """
+    name = next((name for name in LOCAL_SIZE_VARIABLES if environ.get(name)), None)
+    if name is None:
+        return size
+    counts = []
+    for part in environ[name].split(","):
+        match = re.fullmatch(r"([1-9]\d*)(?:\(x(\d+)\))?", part)
+        if match is None:
+            raise ConfigError(f"{name}={environ[name]} does not say how many ranks run on this machine; unset it")
+        counts += [int(match[1])] * int(match[2] or 1)
+    node = environ.get("SLURM_NODEID", "")
+    here = counts[int(node)] if node.isdecimal() and int(node) < len(counts) else max(counts)
+    return min(here, size)  # a process alone in a batch script sees the script's tasks a node
 
 
 def is_scheduler(environ: Mapping[str, str]) -> bool:

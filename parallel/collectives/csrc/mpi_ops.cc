@@ -2,7 +2,7 @@
 //
 // Built against an mpi.h of MPICH's ABI and left with undefined MPI symbols: parallel/collectives/mpi.py first loads the
 // library that mpi4py uses, with its symbols global, and hands communicators over as Fortran handles.
-// An operator's first input is an int32 tensor that holds the slot of its communicator.
+// An operator's first input is an int32 tensor that holds its slot: one for each collective over each group.
 
 #include <mpi.h>
 #include <sched.h>
@@ -12,24 +12,33 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <mutex>
 #include <vector>
 
 namespace {
 
-enum Dtype { FLOAT64, FLOAT32, FLOAT16, BFLOAT16, INT32, DTYPES };
-const char *const NAMES[DTYPES] = {"float64", "float32", "float16", "bfloat16", "int32"};
-const int64_t BYTES[DTYPES] = {8, 4, 2, 2, 4};
+enum Dtype { FLOAT64, FLOAT32, BFLOAT16, INT32, DTYPES };
+const char *const NAMES[DTYPES] = {"float64", "float32", "bfloat16", "int32"};
+const int64_t BYTES[DTYPES] = {8, 4, 2, 4};
 
+// MindSpore may run operators on several threads. A slot's lock is held through its collective, waits included: no other
+// slot waits for it.
 struct Slot {
-  MPI_Comm comm;
-  int64_t counts[DTYPES][2];  // payload bytes, messages
+  explicit Slot(MPI_Comm comm) : comm(comm) {}
+  const MPI_Comm comm;
+  std::mutex lock;
+  std::vector<char> scratch;
+  int64_t counts[DTYPES][2] = {};  // payload bytes, messages
 };
 
-// MindSpore may run operators on several threads. One lock keeps the scratch and the account whole.
-std::mutex lock;
-std::vector<Slot> slots;
-std::vector<char> scratch;
+std::mutex opening;
+std::deque<Slot> slots;  // which never moves a slot
+
+Slot &slot_at(int index) {
+  const std::lock_guard<std::mutex> held(opening);
+  return slots[index];
+}
 
 double seconds() {
   timespec now;
@@ -58,63 +67,36 @@ int64_t elements(int ndims, const int64_t *shape) {
   return count;
 }
 
-float from_bits(uint32_t bits) {
+float widened(uint16_t bfloat16) {
+  const uint32_t bits = uint32_t(bfloat16) << 16;
   float value;
   memcpy(&value, &bits, sizeof(value));
   return value;
 }
 
-uint32_t to_bits(float value) {
+uint16_t rounded(float value) {
   uint32_t bits;
   memcpy(&bits, &value, sizeof(bits));
-  return bits;
-}
-
-float bfloat16_to_float(uint16_t half) { return from_bits(uint32_t(half) << 16); }
-
-uint16_t float_to_bfloat16(float value) {
-  const uint32_t bits = to_bits(value);
   if (value != value) return uint16_t(bits >> 16) | 0x40;
   return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-float float16_to_float(uint16_t half) {
-  const uint32_t sign = uint32_t(half & 0x8000) << 16;
-  const uint32_t exponent = (half >> 10) & 0x1f, fraction = half & 0x3ff;
-  if (exponent == 0x1f) return from_bits(sign | 0x7f800000 | fraction << 13);
-  if (exponent) return from_bits(sign | (exponent + 112) << 23 | fraction << 13);
-  const float small = float(fraction) * 0x1p-24f;
-  return sign ? -small : small;
-}
-
-uint16_t float_to_float16(float value) {
-  const uint32_t bits = to_bits(value);
-  const uint16_t sign = uint16_t((bits >> 16) & 0x8000);
-  const float size = from_bits(bits & 0x7fffffff);
-  if (value != value) return sign | 0x7e00;
-  if (size >= 65520.0f) return sign | 0x7c00;
-  // Adding 0.5 leaves a subnormal's 24-bit fraction, rounded to nearest even, in the low bits.
-  if (size < 0x1p-14f) return sign | uint16_t(to_bits(size + 0.5f) - to_bits(0.5f));
-  const uint32_t rounded = to_bits(size) + 0xfff + ((to_bits(size) >> 13) & 1);
-  return sign | uint16_t((rounded >> 13) - (112 << 10));
-}
-
-// Sixteen-bit floats travel and are added as float32, and are rounded once.
+// bfloat16 travels and is added as float32, and is rounded once.
 void pack(Dtype dtype, const void *tensor, int64_t count, char *message) {
-  if (dtype == FLOAT16 || dtype == BFLOAT16) {
+  if (dtype == BFLOAT16) {
     const uint16_t *in = static_cast<const uint16_t *>(tensor);
     float *out = reinterpret_cast<float *>(message);
-    for (int64_t i = 0; i < count; i++) out[i] = dtype == FLOAT16 ? float16_to_float(in[i]) : bfloat16_to_float(in[i]);
+    for (int64_t i = 0; i < count; i++) out[i] = widened(in[i]);
   } else {
     memcpy(message, tensor, count * BYTES[dtype]);
   }
 }
 
 void unpack(Dtype dtype, const char *message, int64_t count, void *tensor) {
-  if (dtype == FLOAT16 || dtype == BFLOAT16) {
+  if (dtype == BFLOAT16) {
     const float *in = reinterpret_cast<const float *>(message);
     uint16_t *out = static_cast<uint16_t *>(tensor);
-    for (int64_t i = 0; i < count; i++) out[i] = dtype == FLOAT16 ? float_to_float16(in[i]) : float_to_bfloat16(in[i]);
+    for (int64_t i = 0; i < count; i++) out[i] = rounded(in[i]);
   } else {
     memcpy(tensor, message, count * BYTES[dtype]);
   }
@@ -140,29 +122,31 @@ int sum(const void *in, void *out, int64_t count, Dtype dtype, MPI_Comm comm) {
 
 extern "C" {
 
-// The slot of a communicator.
+// A slot for a communicator that no other slot uses.
 int busway_open(int fortran_handle) {
-  const std::lock_guard<std::mutex> held(lock);
-  slots.push_back(Slot{MPI_Comm_f2c(fortran_handle), {}});
+  const std::lock_guard<std::mutex> held(opening);
+  slots.emplace_back(MPI_Comm_f2c(fortran_handle));
   return int(slots.size()) - 1;
 }
 
 // counts[DTYPES][2]: payload bytes and messages of a slot, in the order of NAMES.
-void busway_counts(int slot, int64_t *counts) {
-  const std::lock_guard<std::mutex> held(lock);
-  memcpy(counts, slots[slot].counts, sizeof(slots[slot].counts));
+void busway_counts(int index, int64_t *counts) {
+  Slot &slot = slot_at(index);
+  const std::lock_guard<std::mutex> held(slot.lock);
+  memcpy(counts, slot.counts, sizeof(slot.counts));
 }
 
-void busway_reset(int slot) {
-  const std::lock_guard<std::mutex> held(lock);
-  memset(slots[slot].counts, 0, sizeof(slots[slot].counts));
+void busway_reset(int index) {
+  Slot &slot = slot_at(index);
+  const std::lock_guard<std::mutex> held(slot.lock);
+  memset(slot.counts, 0, sizeof(slot.counts));
 }
 
 // Inputs: slot, then n tensors of any dtypes in NAMES; outputs: n tensors, their sums over the communicator.
 // One message for each dtype; a tensor that is alone in its message is not copied.
 int AllReduce(int parameters, void **data, int *ndims, int64_t **shapes, const char **dtypes, void *, void *) {
-  const std::lock_guard<std::mutex> held(lock);
-  Slot &slot = slots[*static_cast<const int32_t *>(data[0])];
+  Slot &slot = slot_at(*static_cast<const int32_t *>(data[0]));
+  const std::lock_guard<std::mutex> held(slot.lock);
   const int n = (parameters - 1) / 2;
   for (int d = 0; d < DTYPES; d++) {
     const Dtype dtype = Dtype(d);
@@ -176,22 +160,21 @@ int AllReduce(int parameters, void **data, int *ndims, int64_t **shapes, const c
       count += size;
     }
     if (members.empty()) continue;
-    const bool widened = dtype == FLOAT16 || dtype == BFLOAT16;
-    if (members.size() == 1 && !widened) {
+    if (members.size() == 1 && dtype != BFLOAT16) {
       const int error = sum(data[members[0]], data[members[0] + n], count, dtype, slot.comm);
       if (error != MPI_SUCCESS) return error;
     } else {
-      const int64_t width = widened ? 4 : BYTES[d];
-      if (scratch.size() < size_t(count * width)) scratch.resize(count * width);
-      char *at = scratch.data();
+      const int64_t width = dtype == BFLOAT16 ? 4 : BYTES[d];
+      if (slot.scratch.size() < size_t(count * width)) slot.scratch.resize(count * width);
+      char *at = slot.scratch.data();
       for (int i : members) {
         const int64_t size = elements(ndims[i], shapes[i]);
         pack(dtype, data[i], size, at);
         at += size * width;
       }
-      const int error = sum(MPI_IN_PLACE, scratch.data(), count, dtype, slot.comm);
+      const int error = sum(MPI_IN_PLACE, slot.scratch.data(), count, dtype, slot.comm);
       if (error != MPI_SUCCESS) return error;
-      at = scratch.data();
+      at = slot.scratch.data();
       for (int i : members) {
         const int64_t size = elements(ndims[i], shapes[i]);
         unpack(dtype, at, size, data[i + n]);
