@@ -3,7 +3,11 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 FIXTURES_VENV := .venv-fixtures
+BUILD_LOG := $(VENV)/build.log
 SOURCES := $(wildcard models/kernels/csrc/* parallel/collectives/csrc/*)
+OPERATORS := models/kernels/_native.so parallel/collectives/_mpi_ops.so
+# Those that are missing although a compiler is here: one that was installed after a `make setup` counts.
+UNBUILT := $(if $(shell command -v $(CXX) 2> /dev/null),$(filter-out $(wildcard $(OPERATORS)),$(OPERATORS)))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train test test-slow lint fixtures clean
@@ -13,12 +17,15 @@ help: ## Show what each target does
 
 setup: $(VENV)/.done ## Make .venv with pinned versions and compile the C++ operators
 
-$(VENV)/.done: constraints.txt requirements.txt setup.py pyproject.toml models/kernels/build.py $(SOURCES)
-	@command -v g++ > /dev/null || echo "setup: g++ is missing; Busway will run on plain operators, slower"
+$(VENV)/.done: constraints.txt requirements.txt setup.py pyproject.toml models/kernels/build.py $(SOURCES) $(UNBUILT)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -r requirements.txt pytest ruff setuptools wheel
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	rm -f $(OPERATORS)
+	$(BIN)/pip install -v --disable-pip-version-check --no-build-isolation --no-deps -e . > $(BUILD_LOG) 2>&1 || { cat $(BUILD_LOG); exit 1; }
+	@echo "$$(grep -o 'busway: compiled .*' $(BUILD_LOG)); see $(BUILD_LOG)"
 	touch $@
+
+$(UNBUILT): # no recipe: what is missing makes .done run again
 
 train: setup ## Train the built-in recipe
 	$(BIN)/busway train
@@ -40,4 +47,4 @@ fixtures: ## Make the Hugging Face and Megatron fixtures again, in an environmen
 	$(FIXTURES_VENV)/bin/python tests/fixtures/make_megatron.py
 
 clean: ## Remove environments and build products
-	rm -rf $(VENV) $(FIXTURES_VENV) build dist *.egg-info models/kernels/*.so parallel/collectives/*.so
+	rm -rf $(VENV) $(FIXTURES_VENV) build dist *.egg-info $(OPERATORS)

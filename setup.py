@@ -1,14 +1,20 @@
 """Packaging of Busway: four packages, the recipes, and C++ operators that are compiled where a compiler is."""
 
 import runpy
-import sysconfig
+from importlib.metadata import distributions
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 build = runpy.run_path(str(ROOT / "models/kernels/build.py"))
-mpi_headers = str(Path(sysconfig.get_path("data")) / "include")  # where the mpich wheel puts mpi.h
+
+
+def mpi_headers() -> list[str]:
+    """The folder of the mpich wheel's mpi.h. Ask the wheel: pip's isolated build puts it outside this environment."""
+    files = (file for wheel in distributions(name="mpich") for file in wheel.files or () if file.name == "mpi.h")
+    return [str(header.parent) for file in files if (header := file.locate().resolve()).exists()]
+
 
 setup(
     name="busway",
@@ -24,7 +30,7 @@ setup(
     entry_points={"console_scripts": ["busway=trainer.cli:main"]},
     ext_modules=[
         build["operators"]("models.kernels._native", "models/kernels/csrc"),
-        build["operators"]("parallel.collectives._mpi_ops", "parallel/collectives/csrc", include_dirs=[mpi_headers]),
+        build["operators"]("parallel.collectives._mpi_ops", "parallel/collectives/csrc", include_dirs=mpi_headers()),
     ],
     cmdclass={"build_ext": build["BuildOperators"]},
 )

@@ -68,7 +68,7 @@ def operators(name: str, folder: str, include_dirs: Sequence[str] = (), link: Se
 
 class BuildOperators(build_ext):
     """setuptools' build_ext for such libraries. Without a compiler the install goes on: every operator has a slower
-    form in Python, and the run says which it uses.
+    form in Python. One line of the build says what was compiled, and the run says what it uses.
     """
 
     def get_ext_filename(self, fullname: str) -> str:
@@ -76,11 +76,20 @@ class BuildOperators(build_ext):
         return os.path.join(*fullname.split(".")) + ".so"
 
     def build_extension(self, ext: Extension) -> None:
+        library = self.get_ext_fullpath(ext.name)
         try:
-            compile_library(ext.sources, self.get_ext_fullpath(ext.name), ext.include_dirs, ext.extra_link_args)
+            compile_library(ext.sources, library, ext.include_dirs, ext.extra_link_args)
         except (OSError, subprocess.CalledProcessError) as error:
             ext.optional = True  # copy_extensions_to_source then skips the missing file
-            print(f"warning: {ext.name} was not compiled ({error}); busway will run, slower", file=sys.stderr)
+            Path(library).unlink(missing_ok=True)  # of an earlier build, perhaps of other sources
+            print(f"{ext.name}: {error}", file=sys.stderr)
+
+    def run(self) -> None:
+        super().run()
+        failed = [ext.name for ext in self.extensions if ext.optional]
+        compiled = [ext.name for ext in self.extensions if not ext.optional]
+        slower = f"; without {' and '.join(failed)} runs are slower" if failed else ""
+        print(f"busway: compiled {' and '.join(compiled) or 'nothing'}{slower}")
 
 
 if __name__ == "__main__":

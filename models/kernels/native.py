@@ -14,20 +14,22 @@ from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
 LIBRARY = Path(__file__).resolve().parent / "_native.so"
+AGAIN = "`make clean setup` or `pip install .`"
 
 
 @cache
 def missing() -> str:
     """Why the compiled kernels cannot be used here; empty when they can."""
     if not LIBRARY.exists():
-        return "no compiled kernels: install g++ and run `make setup`"
+        return "no compiled kernels: install g++, then Busway again (`make setup` or `pip install .`)"
     try:
         library = ctypes.CDLL(str(LIBRARY))
     except OSError as error:
-        return f"the compiled kernels do not load ({error}): run `make setup`"
+        return f"the compiled kernels do not load ({error}): install Busway again ({AGAIN})"
     library.busway_missing_cpu_feature.restype = ctypes.c_char_p
     feature = library.busway_missing_cpu_feature().decode()
-    return f"the kernels were compiled for another CPU (no {feature} here): run `make setup`" if feature else ""
+    reason = f"the kernels were compiled for another CPU (no {feature} here): install Busway again ({AGAIN})"
+    return reason if feature else ""
 
 
 def _operator(name: str, shape, dtype) -> ops.Custom:
