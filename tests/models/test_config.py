@@ -6,19 +6,7 @@ from models.checks import ConfigError
 from models.config import ModelConfig
 from trainer.compose import compose_recipe
 
-PUBLISHED = {
-    "llama3_8b": 8_030_261_248,
-    "llama3_70b": 70_553_706_496,
-    "llama3_405b": 405_853_388_800,
-    "qwen3_8b": 8_190_735_360,
-    "qwen3_32b": 32_762_123_264,
-}
 SMALL = {"layers": 2, "hidden": 64, "ffn": 96, "heads": 4, "kv_heads": 2, "vocab": 128}
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_parameter_count_equals_the_published_checkpoint(name):
-    assert compose_recipe(name, []).recipe.model.parameter_count == PUBLISHED[name]
 
 
 def test_flops_follow_the_convention():

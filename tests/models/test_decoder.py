@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from mindspore import GRAPH_MODE, Tensor, nn, set_context
+from mindspore import Tensor, nn
 
 from models.attention import rotary_tables
 from models.config import ModelConfig
@@ -16,6 +16,8 @@ VARIANTS = {
     "qwen2": {"qkv_bias": True, "tied_embeddings": True},
     "qwen3": {"qk_norm": True, "head_dim": 10},
 }
+
+pytestmark = pytest.mark.usefixtures("graph_mode")
 
 
 class Both(nn.Cell):
@@ -34,11 +36,6 @@ class Both(nn.Cell):
 
 def flat(tree):
     return [leaf for branch in tree for leaf in flat(branch)] if isinstance(tree, tuple | list) else [tree]
-
-
-@pytest.fixture(autouse=True)
-def graph_mode():
-    set_context(mode=GRAPH_MODE)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -18,7 +18,7 @@ from mindspore.ops import auto_generate
 
 from models.kernels import ascend, plain
 
-SEED = 22
+pytestmark = pytest.mark.usefixtures("graph_mode")
 BATCH, SEQ, HEADS, KV_HEADS, DIM = 2, 9, 4, 2, 16
 
 
@@ -52,17 +52,6 @@ class StandIn:
         bound = inspect.signature(function).bind(None, *args, **kwargs)
         bound.apply_defaults()
         return {key: value for key, value in bound.arguments.items() if key != "self"}
-
-
-@pytest.fixture(autouse=True)
-def graph_mode():
-    ms.set_context(mode=ms.GRAPH_MODE)
-    print(f"seed {SEED}")
-
-
-@pytest.fixture
-def random():
-    return np.random.default_rng(SEED).standard_normal
 
 
 def close(a, b, tolerance=1e-5):

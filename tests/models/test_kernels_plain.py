@@ -10,7 +10,7 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from models.kernels import plain
 
-SEED = 20
+pytestmark = pytest.mark.usefixtures("graph_mode")
 SEQ, BATCH, HEADS, KV_HEADS, DIM = 7, 2, 4, 2, 6
 FIRST_KEY = np.array([0, 0, 0, 2, 2, 5, 5] + [0] * 7, np.int32)  # documents start at 0, 2 (seen late) and 5
 
@@ -58,17 +58,6 @@ class CompareEmbedding(Compare):
     def construct(self, dy, ids, table):
         automatic = self.gradient(self.forward_alone)(ids, table, dy)
         return self.kernel.forward(ids, table), self.kernel.backward(ids, dy, table), automatic
-
-
-@pytest.fixture(scope="module", autouse=True)
-def graph_mode():
-    ms.set_context(mode=ms.GRAPH_MODE)
-    print(f"seed {SEED}")
-
-
-@pytest.fixture
-def random():
-    return np.random.default_rng(SEED).standard_normal
 
 
 def same(actual, expected, tolerance=1e-13):
