@@ -1,8 +1,10 @@
 """Checkpoints: a folder `step-00000010` of safetensors under parameter names, valid once its manifest is.
 
-    weights.safetensors, first.safetensors, second.safetensors   parameters and their moments, global shapes
-    state.json                                                   step, samples, the callbacks' state
-    manifest.json                                                size and SHA-256 of each file
+    model.safetensors, model.yaml             parameters in global shapes, and the model: a weight directory of Busway's
+    tokenizer.json                            the text's tokenizer, where the recipe names one
+    first.safetensors, second.safetensors     the optimizer's moments
+    state.json                                step, samples, the callbacks' state
+    manifest.json                             size and SHA-256 of each file
 
 The folder is written under another name, flushed to disk and renamed, so that a folder of that name is whole; the
 manifest shows later damage. Names and shapes are those of `ModelConfig.parameters()`, whatever the layout was.
@@ -21,14 +23,15 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
-from models.config import ParameterSpec
+from models.config import ModelConfig, ParameterSpec
 from trainer.errors import InputError
 from trainer.files import RUNS, flush, sha256_of, write_text
 from trainer.machine import writing_to
-from trainer.weight_files import save_safetensors
+from trainer.weight_files import CONFIG, SINGLE, save_safetensors, yaml_of_config
 
 STATE = "state.json"
 MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.json"
 UNFINISHED = ".unfinished"
 
 
@@ -50,7 +53,7 @@ class Checkpoint:
 
         Raises `InputError` where a parameter is missing or has another shape.
         """
-        with safe_open(self.path / f"{kind}.safetensors", framework="numpy") as file:
+        with safe_open(self.path / _file(kind), framework="numpy") as file:
             names = set(file.keys())
 
             def read(spec: ParameterSpec) -> np.ndarray:
@@ -68,11 +71,13 @@ class Checkpoint:
 
 
 def save(
-    folder: Path, kinds: Mapping[str, Callable[[], dict[str, np.ndarray]]], state: dict[str, Any], keep: int
-) -> Path:
+    folder: Path, model: ModelConfig, kinds: Mapping[str, Callable[[], dict[str, np.ndarray]]], state: dict[str, Any],
+    keep: int, tokenizer: str | None = None,
+) -> Path:  # fmt: skip
     """Write `folder/step-…` for `state["step"]` and drop all but it and the `keep` - 1 before it; its path.
 
-    `kinds` is kind -> a function that gives parameter name -> value, so that one kind is held at a time.
+    `kinds` is kind -> a function that gives parameter name -> value, so that one kind is held at a time; `tokenizer`
+    is the content of a tokenizer.json.
     Raises `MachineError` on a full disk or a read-only folder, and then leaves earlier checkpoints as they are.
     """
     final = folder / _name(state["step"])
@@ -82,7 +87,10 @@ def save(
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
             for kind, values in kinds.items():
-                save_safetensors(unfinished / f"{kind}.safetensors", values())
+                save_safetensors(unfinished / _file(kind), values())
+            write_text(unfinished / CONFIG, yaml_of_config(model), RUNS)
+            if tokenizer is not None:
+                write_text(unfinished / TOKENIZER, tokenizer, RUNS)
             write_text(unfinished / STATE, json.dumps(state, indent=1), RUNS)
             manifest = {file.name: _fingerprint(file) for file in sorted(unfinished.iterdir())}
             write_text(unfinished / MANIFEST, json.dumps(manifest, indent=1), RUNS)
@@ -108,6 +116,11 @@ def _name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def _file(kind: str) -> str:
+    """Where a kind lies: the weights under the name that readers of weight directories look for."""
+    return SINGLE if kind == "weights" else f"{kind}.safetensors"
+
+
 def check(path: Path) -> None:
     """Raise `InputError` unless `path` is a checkpoint's folder, whole or not."""
     if not (path / MANIFEST).is_file():
@@ -125,6 +138,11 @@ def load(path: Path) -> Checkpoint:
     if damaged:
         raise InputError(f"{path / damaged[0]} does not match its checksum; resume from another checkpoint")
     return Checkpoint(path, json.loads((path / STATE).read_text()))
+
+
+def last_saved(folder: Path) -> Path | None:
+    """The folder of the newest checkpoint, None if there is none; it is not read."""
+    return max(_folders(folder), default=None)
 
 
 def newest(folder: Path, report: Callable[[str], None]) -> Checkpoint | None:

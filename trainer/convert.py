@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from omegaconf import OmegaConf
 from rich.filesize import decimal
 from rich.progress import track
 
 from models import huggingface
 from models.checks import ConfigError
 from models.config import ModelConfig
+from trainer.checkpoint import MANIFEST, STATE
 from trainer.errors import EXIT_DONE, InputError
 from trainer.machine import writing_to
 from trainer.weight_files import (
@@ -33,10 +33,12 @@ from trainer.weight_files import (
     read_huggingface,
     read_weights,
     save_safetensors,
+    yaml_of_config,
 )
 
 HUGGINGFACE_CONFIG = "huggingface.json"
-CONFIGS = (CONFIG, THEIR_CONFIG, HUGGINGFACE_CONFIG)
+STAYING = (CONFIG, THEIR_CONFIG, HUGGINGFACE_CONFIG, STATE, MANIFEST)
+"""Files that are no companions of the weights: configs are written anew, and OUT is no checkpoint."""
 WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
 """Endings of files that hold weights, in whatever format, or list those that do."""
 LARGEST_COMPANION = 64 * 10**6
@@ -49,7 +51,7 @@ class Direction:
 
     help: str
     source: str
-    """Whose weight directory is read."""
+    """What DIR is."""
     read: Callable[[Path], Weights]
     configs: Callable[[Path, ModelConfig], dict[str, bytes]]
     """File name -> content of the configs to write, from the source directory and its model."""
@@ -86,7 +88,7 @@ def register(parser: argparse.ArgumentParser) -> None:
     for name, direction in DIRECTIONS.items():
         text = direction.help
         command = commands.add_parser(name, help=text, description=f"Convert weights from {text}, bit for bit.")
-        command.add_argument("source", metavar="DIR", type=Path, help=f"{direction.source} weight directory")
+        command.add_argument("source", metavar="DIR", type=Path, help=direction.source)
         command.add_argument("out", metavar="OUT", type=Path, help="the directory to write; must be new or empty")
         command.add_argument(
             "--max-shard-gb",
@@ -118,7 +120,7 @@ def _above_zero(text: str) -> float:
 
 def _our_configs(source: Path, config: ModelConfig) -> dict[str, bytes]:
     return {
-        CONFIG: OmegaConf.to_yaml(OmegaConf.structured(config)).encode(),
+        CONFIG: yaml_of_config(config).encode(),
         HUGGINGFACE_CONFIG: (source / THEIR_CONFIG).read_bytes(),
     }
 
@@ -144,14 +146,14 @@ def _their_configs(source: Path, config: ModelConfig) -> dict[str, bytes]:
 DIRECTIONS = {
     "from-hf": Direction(
         help="Hugging Face's format to Busway's (Llama, Qwen2, Qwen3)",
-        source="Hugging Face's",
+        source="Hugging Face's weight directory",
         read=read_huggingface,
         configs=_our_configs,
         names=lambda config: {spec.name: spec.name for spec in config.parameters()},
     ),
     "to-hf": Direction(
         help="Busway's format to Hugging Face's",
-        source="Busway's",
+        source="Busway's weight directory, or a checkpoint (runs/NAME/checkpoints/step-…)",
         read=read_busway,
         configs=_their_configs,
         names=huggingface.names,
@@ -169,7 +171,7 @@ def _companions(source: Path) -> tuple[dict[str, bytes], list[str]]:
         home = home.parent.parent
     found, left_out = {}, []
     for file in sorted(source.iterdir()):
-        if not file.is_file() or file.name in CONFIGS or file.name.endswith(WEIGHTS):
+        if not file.is_file() or file.name in STAYING or file.name.endswith(WEIGHTS):
             continue
         try:
             if file.stat().st_size < LARGEST_COMPANION and file.resolve().is_relative_to(home):

@@ -2,7 +2,8 @@
 
 Busway's own weight directory is Hugging Face's with other names: `model.safetensors`, or shards listed by
 `model.safetensors.index.json`, with the names of `ModelConfig.parameters()`; `model.yaml`, its fields;
-`huggingface.json`, the config.json that the weights came with, if they did; the tokenizer's files.
+`huggingface.json`, the config.json that the weights came with, if they did; the tokenizer's files. A checkpoint's
+folder is one too.
 
 Tensors are memory-mapped and written from there, so that a conversion copies bytes, whatever their dtype, and holds
 no model in memory.
@@ -49,11 +50,12 @@ class Tensor:
     """Its bytes, a view of the memory-mapped file."""
 
     def read(self) -> np.ndarray:
-        """A copy in float32."""
+        """A copy in float32, or in float64 where the file has that."""
         if self.dtype == "BF16":
             values = (self.data.view("<u2").astype(np.uint32) << 16).view(np.float32)
         else:
-            values = self.data.view(np.dtype(_DTYPES[self.dtype]).newbyteorder("<")).astype(np.float32)
+            stored = self.data.view(np.dtype(_DTYPES[self.dtype]).newbyteorder("<"))
+            values = stored.astype(np.promote_types(stored.dtype, np.float32))
         return values.reshape(self.shape)
 
 
@@ -65,7 +67,7 @@ class Weights:
         self.tensors = tensors
 
     def read(self, name: str) -> np.ndarray:
-        """The whole parameter, as a new float32 array of its global shape."""
+        """The whole parameter in its global shape, as `Tensor.read` gives it."""
         return self.tensors[name].read()
 
 
@@ -81,7 +83,7 @@ def read_weights(directory: Path | str) -> Weights:
         return read_huggingface(directory)
     raise InputError(
         f"{directory} is not a weight directory: it has neither {CONFIG} (Busway's) nor {THEIR_CONFIG} "
-        "(Hugging Face's); name the directory that holds one"
+        "(Hugging Face's); name the directory that holds one, as a checkpoint's folder step-… does"
     )
 
 
@@ -96,15 +98,9 @@ def read_huggingface(directory: Path) -> Weights:
 
 
 def read_busway(directory: Path) -> Weights:
-    """Open a directory as `busway convert from-hf` writes it."""
+    """Open a directory as `busway convert from-hf` writes it, or a checkpoint's."""
     path = directory / CONFIG
-    if not path.is_file():
-        raise InputError(f"{directory} has no {CONFIG}; name a directory that `busway convert from-hf` wrote")
-    try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), OmegaConf.load(path)))
-    except (OmegaConfBaseException, ConfigError, YAMLError, ValueError, TypeError, OSError) as error:
-        line = " ".join(str(error).split("\n    full_key")[0].split())
-        raise InputError(f"{path}: {line}; restore the file, or convert again") from error
+    config = _config_of_yaml(path)
     return _match(directory, path, config, {spec.name: spec.name for spec in config.parameters()}, _tensors(directory))
 
 
@@ -135,10 +131,27 @@ def save_safetensors(
     flush(path)
 
 
+def yaml_of_config(config: ModelConfig) -> str:
+    """The content of a model.yaml."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def _config_of_yaml(path: Path) -> ModelConfig:
+    if not path.is_file():
+        raise InputError(
+            f"{path.parent} has no {path.name}; name a directory that `busway convert from-hf` wrote, or a checkpoint's"
+        )
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), OmegaConf.load(path)))
+    except (OmegaConfBaseException, ConfigError, YAMLError, ValueError, TypeError, OSError) as error:
+        line = " ".join(str(error).split("\n    full_key")[0].split())
+        raise InputError(f"{path}: {line}; restore the file, or convert again") from error
+
+
 def config_of_json(path: Path) -> ModelConfig:
     """The model that a Hugging Face config.json describes. Raises `InputError`."""
     if not path.is_file():
-        raise InputError(f"{path.parent} has no {path.name}; name a checkpoint's directory")
+        raise InputError(f"{path.parent} has no {path.name}; name a directory that save_pretrained wrote")
     try:
         return huggingface.to_config(_load_object(path))
     except ConfigError as error:

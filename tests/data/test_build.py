@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import pty
+import shutil
 import subprocess
 import sys
 import time
@@ -99,8 +100,44 @@ def test_building_again_without_prompts_removes_the_older_mask(tmp_path: Path, t
     first = lines(tmp_path / "first.jsonl", {"prompt": "p", "response": "r"})
     second = lines(tmp_path / "second.jsonl", {"text": "t"})
     for source in (first, second):
-        build([str(source)], tokenizer_path, tmp_path / "set")
+        build([str(source)], tokenizer_path, tmp_path / "set", overwrite=True)
     assert not list(tmp_path.glob("set.loss_mask*"))
+
+
+def test_a_dataset_that_is_there_stays_unless_it_may_be_replaced(tmp_path: Path, tokenizer_path: Path) -> None:
+    out = tmp_path / "set"
+    words = ["build", tmp_path / "a.txt", "--tokenizer", tokenizer_path, "--out", out]
+    (tmp_path / "a.txt").write_text("the bus")
+    busway_data(*words)
+    before = {path: path.read_bytes() for path in tmp_path.glob("set*")}
+    (tmp_path / "a.txt").write_text("the tram")
+    with pytest.raises(InputError) as error:
+        busway_data(*words)
+    assert str(error.value) == f"{out}.idx exists; name another --out, or add --overwrite to replace what is there"
+    assert {path: path.read_bytes() for path in tmp_path.glob("set*")} == before
+    busway_data(*words, "--overwrite")
+    assert load_tokenizer(tokenizer_path).decode(IndexedDataset(out)[0].tolist()) == "the tram"
+
+
+def test_a_file_that_a_dataset_would_overwrite_stays(tmp_path: Path, tokenizer_path: Path, many: Path) -> None:
+    """The dataset's manifest would take the tokenizer's name."""
+    tokenizer = Path(shutil.copy(tokenizer_path, tmp_path / "set.json"))
+    with pytest.raises(InputError, match=r"set\.json exists; name another --out"):
+        busway_data("build", many, "--tokenizer", tokenizer, "--out", tmp_path / "set")
+    assert tokenizer.read_bytes() == tokenizer_path.read_bytes()
+
+
+def test_a_pattern_without_a_directory_to_pick_from_is_an_error(
+    tmp_path: Path, tokenizer_path: Path, many: Path
+) -> None:
+    words = ["--tokenizer", tokenizer_path, "--out", tmp_path / "set", "--glob", "*.txt"]
+    with pytest.raises(InputError, match=r"--glob \*\.txt picks files of directories, and .*jsonl is none; leave it"):
+        busway_data("build", many, *words)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.txt").write_text("the bus")
+    (tmp_path / "folder" / "b.md").write_text("the tram")
+    busway_data("build", many, tmp_path / "folder", *words)
+    assert len(IndexedDataset(tmp_path / "set")) == 2501
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -151,10 +188,17 @@ def test_a_builder_killed_half_way_leaves_nothing_valid_and_no_process(tmp_path:
 
 def test_a_terminal_shows_a_progress_bar_and_a_file_does_not(tmp_path: Path, tokenizer_path: Path, many: Path) -> None:
     program = "import sys; from trainer.data.build import build; build(sys.argv[1:2], *sys.argv[2:4])"
-    words = [sys.executable, "-P", "-c", program, many, tokenizer_path, tmp_path / "set"]
+    words = [sys.executable, "-P", "-c", program, many, tokenizer_path]
     primary, secondary = pty.openpty()
     environment = {**os.environ, "TERM": "xterm"}
-    subprocess.run(words, stderr=secondary, stdout=subprocess.DEVNULL, env=environment, check=True, timeout=60)
+    subprocess.run(
+        [*words, tmp_path / "shown"],
+        stderr=secondary,
+        stdout=subprocess.DEVNULL,
+        env=environment,
+        check=True,
+        timeout=60,
+    )
     os.close(secondary)
     shown = b""
     while True:
@@ -164,7 +208,7 @@ def test_a_terminal_shows_a_progress_bar_and_a_file_does_not(tmp_path: Path, tok
             break
     os.close(primary)
     assert b"tokenising" in shown and b"documents/s" in shown
-    quiet = subprocess.run(words, capture_output=True, check=True, timeout=60)
+    quiet = subprocess.run([*words, tmp_path / "quiet"], capture_output=True, check=True, timeout=60)
     assert quiet.stderr == b""
 
 

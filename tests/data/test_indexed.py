@@ -55,16 +55,10 @@ def test_our_writer_still_makes_the_bytes_that_megatron_read(name: str, tmp_path
         assert sha256(FIXTURES / f"{name}.{kind}") == recorded[f"{kind}_sha256"]
 
 
-def test_a_part_of_a_document_is_read() -> None:
-    data = IndexedDataset(FIXTURES / "megatron_int32")
-    document = sum(WRITTEN_BY_MEGATRON["megatron_int32"][1], [])
-    assert data.read(1, 3, 5).tolist() == document[3:8]
-    assert data.read(1, 6).tolist() == document[6:]
-    assert data[-3].tolist() == document
-    with pytest.raises(IndexError, match="tokens 15 to 21 of document 1, which has 20"):
-        data.read(1, 15, 6)
-    with pytest.raises(IndexError, match="document 4 of 4"):
-        data[4]
+@pytest.mark.parametrize("document", [4, -1])
+def test_a_document_that_is_not_there_is_an_index_error(document: int) -> None:
+    with pytest.raises(IndexError, match=f"document {document} of 4"):
+        IndexedDataset(FIXTURES / "megatron_int32")[document]
 
 
 def test_an_index_truncated_at_any_byte_is_an_error_that_names_the_byte(copy: Path) -> None:

@@ -154,7 +154,7 @@ def test_a_token_outside_the_vocabulary_is_an_error_that_names_the_byte(write_da
     with pytest.raises(InputError, match=r"data\.bin: byte 16 holds the token id 500, outside a vocabulary of 500"):
         PackedDataset(data, 5, holdout=0, vocab=500).sample(0)
     negative = write_dataset([[1, 2, 3, -4]], name="negative")
-    with pytest.raises(InputError, match=r"negative\.bin: byte 12 holds the negative token id -4"):
+    with pytest.raises(InputError, match=r"negative\.bin: byte 12 holds the token id -4, which is negative"):
         PackedDataset(negative, 3, holdout=0).sample(0)
 
 

@@ -30,7 +30,7 @@ def report(line):
     if sys.argv[2] in line:
         os.kill(os.getpid(), signal.SIGKILL)
 
-prepare(DataSettings(sources=[Source(sys.argv[1])], tokenizer="bpe:300", seq_len=16, holdout=0.2), 300, 16, report)
+prepare(DataSettings(sources=[Source(sys.argv[1])], tokenizer="bpe:300", seq_len=16, holdout=0.2), 300, report)
 """
 
 
@@ -63,7 +63,7 @@ def in_a_process(text: Path, kill_at: str = "never", **more: object) -> subproce
 
 def test_raw_text_is_tokenised_once_and_then_found(text: Path, cache: Path) -> None:
     said: list[str] = []
-    corpus = prepare(settings(text), 300, 16, said.append)
+    corpus = prepare(settings(text), 300, said.append)
     assert any("training a tokenizer of 300 entries" in line for line in said)
     (tokenizer_file,) = cache.glob("tokenizer-*.json")
     tokenizer = load_tokenizer(tokenizer_file)
@@ -71,7 +71,7 @@ def test_raw_text_is_tokenised_once_and_then_found(text: Path, cache: Path) -> N
     assert tokenizer.decode(corpus.train[0].indexed[4].tolist()) == (text / "04.txt").read_text()
     assert len(corpus.train[0].documents) + len(corpus.holdout[0].documents) == 30
     before = sorted(cache.iterdir())
-    again = prepare(settings(text), 300, 16, pytest.fail)
+    again = prepare(settings(text), 300, pytest.fail)
     assert sorted(cache.iterdir()) == before
     assert again.train[0].sample(0).tokens.tolist() == corpus.train[0].sample(0).tokens.tolist()
 
@@ -79,7 +79,7 @@ def test_raw_text_is_tokenised_once_and_then_found(text: Path, cache: Path) -> N
 def test_the_cache_knows_content_and_settings_and_not_the_place(text: Path, cache: Path) -> None:
     def made(*args: object, **more: object) -> int:
         said: list[str] = []
-        prepare(settings(*args, **more), 400, 16, said.append)
+        prepare(settings(*args, **more), 400, said.append)
         return len(said)
 
     assert made(text) == 3
@@ -97,10 +97,11 @@ def test_sources_keep_their_weights_and_a_built_one_needs_no_tokenizer(
     build([str(text)], tokenizer_path, tmp_path / "built")
     mixed = settings(tmp_path / "built", text, tokenizer=tokenizer_path)
     mixed.sources[1].weight = 3.0
-    corpus = prepare(mixed, 300, 16)
+    corpus = prepare(mixed, 300)
     assert corpus.weights == [1.0, 3.0]
     assert [len(packed) for packed in corpus.train] == [len(corpus.train[0])] * 2
-    corpus = prepare(settings(tmp_path / "built", tokenizer=None, holdout=0.0, mask_documents=True), 300, 8)
+    assert corpus.samples == 2 * ((corpus.train[0].tokens - 1) // 16)
+    corpus = prepare(settings(tmp_path / "built", tokenizer=None, holdout=0.0, seq_len=8, mask_documents=True), 300)
     assert corpus.holdout == []
     assert corpus.train[0].sample(0).tokens.shape == (8,)
     assert corpus.train[0].mask_documents
@@ -109,7 +110,7 @@ def test_sources_keep_their_weights_and_a_built_one_needs_no_tokenizer(
 def test_one_text_file_gives_its_end_to_the_holdout(text: Path) -> None:
     file = text / "one.txt"
     file.write_text("".join(sorted(path.read_text() for path in text.iterdir())))
-    corpus = prepare(settings(file), 300, 16)
+    corpus = prepare(settings(file), 300)
     assert len(corpus.holdout[0]) > 0
     assert corpus.holdout[0].tokens / corpus.train[0].indexed.tokens == pytest.approx(0.2, abs=0.01)
 
@@ -117,8 +118,8 @@ def test_one_text_file_gives_its_end_to_the_holdout(text: Path) -> None:
 def test_a_holdout_that_is_too_short_names_the_users_text_and_only_where_it_is_wanted(text: Path) -> None:
     short = settings(text / "03.txt", holdout=0.001)
     with pytest.raises(InputError, match=rf"^{text}/03\.txt has 1 tokens in its holdout split"):
-        prepare(short, 300, 16)
-    corpus = prepare(short, 300, 16, evaluates=False)
+        prepare(short, 300)
+    corpus = prepare(short, 300, evaluates=False)
     assert corpus.holdout == [] and corpus.train[0].tokens == corpus.train[0].indexed.tokens - 1
 
 
@@ -135,7 +136,7 @@ def test_a_text_that_has_not_changed_is_not_read_again(text: Path, monkeypatch: 
 
     def reads() -> list[Path]:
         read.clear()
-        prepare(settings(text), 400, 16, lambda line: None)
+        prepare(settings(text), 400, lambda line: None)
         return [path for path in read if path in files]
 
     assert reads() == files
@@ -152,7 +153,7 @@ def test_a_text_that_has_not_changed_is_not_read_again(text: Path, monkeypatch: 
 
 
 def test_a_text_that_may_be_changing_is_read_each_time(text: Path, cache: Path) -> None:
-    prepare(settings(text), 300, 16)
+    prepare(settings(text), 300)
     assert not list(cache.glob("content-*"))
 
 
@@ -162,7 +163,7 @@ def test_an_unreadable_text_is_an_error_that_names_it(text: Path, monkeypatch: p
 
     monkeypatch.setattr("trainer.data.prepare.sha256_of", refused)  # root reads everything
     with pytest.raises(InputError, match=r"cannot read .*00\.txt: Permission denied; make it readable"):
-        prepare(settings(text), 300, 16)
+        prepare(settings(text), 300)
 
 
 def test_two_processes_at_once_do_the_work_once(text: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.data.sources import documents, text_files
+from trainer.data.sources import text_files
 from trainer.errors import InputError
 
 
@@ -25,14 +25,7 @@ def test_a_directory_is_read_recursively_in_order_without_binary_and_hidden_file
     found = [(document.prompt, document.text) for document in files]
     assert found == [(None, "one"), (None, "two"), ("p", "r"), (None, "three")]
     assert [file.name for file in files.skipped] == ["latin.txt", "photo.png"]
-    assert [document.text for document in documents([str(tmp_path)], glob="*.md")] == ["three"]
-
-
-def test_sources_are_read_in_the_order_given(tmp_path: Path) -> None:
-    for name in "ab":
-        (tmp_path / f"{name}.txt").write_text(name)
-    paths = [str(tmp_path / "b.txt"), str(tmp_path / "a.txt")]
-    assert [document.text for document in documents(paths)] == ["b", "a"]
+    assert [document.text for document in text_files(str(tmp_path), "*.md")] == ["three"]
 
 
 @pytest.mark.parametrize(
@@ -50,27 +43,27 @@ def test_a_bad_line_is_an_error_that_names_file_and_line(tmp_path: Path, line: s
     path = tmp_path / "lines.jsonl"
     path.write_text('{"text": "good"}\n\n' + line + "\n")
     with pytest.raises(InputError, match=rf"lines\.jsonl: line 3 {said}"):
-        list(documents([str(path)]))
+        list(text_files(str(path)))
 
 
 def test_a_line_that_is_not_utf8_is_an_error_that_names_it(tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"
     path.write_bytes(b'{"text": "good"}\n{"text": "\xff"}\n')
     with pytest.raises(InputError, match=r"line 2 is not UTF-8 \(byte 10 of the line\)"):
-        list(documents([str(path)]))
+        list(text_files(str(path)))
 
 
 def test_unicode_line_separators_do_not_end_a_line(tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"
     path.write_text(json.dumps({"text": "a\u2028b\x85c"}, ensure_ascii=False) + "\n", encoding="utf-8")
-    assert [document.text for document in documents([str(path)])] == ["a\u2028b\x85c"]
+    assert [document.text for document in text_files(str(path))] == ["a\u2028b\x85c"]
 
 
 def test_a_named_file_that_is_not_text_is_an_error_that_names_the_byte(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_bytes(b"abc\xff")
     with pytest.raises(InputError, match=r"notes\.txt: byte 3 is not UTF-8 text"):
-        list(documents([str(path)]))
+        list(text_files(str(path)))
 
 
 def test_a_missing_path_and_an_empty_directory_are_errors(tmp_path: Path) -> None:
@@ -87,3 +80,9 @@ def test_stdlib_is_pythons_own_source_without_its_tests() -> None:
     assert all(file.suffix == ".py" for file in files)
     assert not any({"test", "tests", "site-packages", "dist-packages", "idlelib"} & set(file.parts) for file in files)
     assert list(files) == list(text_files("stdlib").files)
+
+
+def test_a_pattern_picks_among_the_files_of_stdlib() -> None:
+    assert {file.name for file in text_files("stdlib", "arg*").files} == {"argparse.py"}
+    with pytest.raises(InputError, match=r"^stdlib holds no \.py file that matches \*\.txt; .* or another --glob$"):
+        text_files("stdlib", "*.txt")

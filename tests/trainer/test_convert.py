@@ -189,6 +189,16 @@ def test_float16_is_widened(llama):
     np.testing.assert_array_equal(value, halves["model.norm.weight"].astype(np.float32))
 
 
+def test_float64_stays_float64(llama, tmp_path):
+    tensors = load_file(llama / "model.safetensors")
+    doubles = {name: value.astype(np.float64) + 1e-12 for name, value in tensors.items()}
+    save_file(doubles, llama / "model.safetensors")
+    run("from-hf", llama, tmp_path / "ours")
+    value = read_weights(tmp_path / "ours").read("norm.weight")
+    assert value.dtype == np.float64
+    np.testing.assert_array_equal(value, doubles["model.norm.weight"])
+
+
 def test_leftovers_of_older_checkpoints_are_ignored(llama, tmp_path):
     tensors = load_file(llama / "model.safetensors")
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 class Checkpointer(Callback):
     """Rank 0 writes, as all ranks hold the same weights; the others wait, so that its error finds nobody far ahead."""
 
-    def __init__(self) -> None:
+    def __init__(self, tokenizer: Path | None) -> None:
+        self.tokenizer = tokenizer.read_bytes().decode() if tokenizer else None
         self.saved_step: int | None = None
 
     def on_start(self, loop: Loop) -> None:
@@ -41,7 +43,8 @@ class Checkpointer(Callback):
     def _save(self, loop: Loop) -> None:
         if loop.collectives.rank == 0:
             kinds = {kind: partial(_values, loop.weights, kind) for kind in loop.weights.kinds()}
-            checkpoint.save(loop.run.checkpoints, kinds, state_of(loop), loop.recipe.checkpoint.keep)
+            keep = loop.recipe.checkpoint.keep
+            checkpoint.save(loop.run.checkpoints, loop.model, kinds, state_of(loop), keep, self.tokenizer)
         self.saved_step = loop.step
         loop.collectives.world.barrier()
 

@@ -87,6 +87,7 @@ def build(
     processes: int = 1,
     end_of_document_name: str | None = None,
     glob: str = "*",
+    overwrite: bool = False,
     report: Callable[[str], None] = print,
 ) -> Manifest:
     """Tokenise the documents of `paths` and write them to `out_prefix`.
@@ -96,18 +97,24 @@ def build(
         tokenizer_path: a tokenizer.json.
         processes: 1 tokenises here, with the library's own threads; more start as many processes.
         end_of_document_name: the token that ends a document; None looks for the usual ones.
-        glob: which file names of a directory are taken.
+        glob: which file names of directories are taken.
+        overwrite: replace a dataset of that name.
         report: takes one line about what was built.
 
     Raises:
-        InputError: a source or the tokenizer is missing or malformed, or there is no text in the sources.
+        InputError: a source or the tokenizer is missing or malformed, there is no text in the sources, no source
+            is a directory that `glob` could choose from, or a file of that name exists.
         MachineError: the dataset cannot be written, or a process was killed.
     """
+    if not overwrite:
+        _check_free(out_prefix)
     tokenizer_path = Path(tokenizer_path).expanduser()
     tokenizer = load_tokenizer(tokenizer_path)
     end = end_of_document(tokenizer, end_of_document_name)
     vocab = vocab_size(tokenizer)
     sources = [text_files(path, glob) for path in paths]
+    if glob != "*" and all(source.named for source in sources):
+        raise InputError(f"--glob {glob} picks files of directories, and {', '.join(paths)} is none; leave it out")
     begin = time.perf_counter()
     with (
         IndexedWriter(out_prefix, dtype_for(vocab)) as writer,
@@ -144,6 +151,13 @@ def _summary(manifest: Manifest, path: Path, sources: Sequence[TextFiles], secon
         f"{manifest.documents / seconds:,.0f} documents/s, {manifest.tokens / seconds:,.0f} tokens/s"
         + (f"; {skipped:,} files are not UTF-8 text and were left out" if skipped else "")
     )
+
+
+def _check_free(prefix: str | Path) -> None:
+    masks = loss_mask_prefix(prefix)
+    for path in (idx_path(prefix), bin_path(prefix), manifest_path(prefix), idx_path(masks), bin_path(masks)):
+        if path.exists():
+            raise InputError(f"{path} exists; name another --out, or add --overwrite to replace what is there")
 
 
 def _clear(prefix: str | Path) -> None:

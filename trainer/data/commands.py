@@ -37,7 +37,8 @@ def _add_build(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         "--end-of-document", metavar="TOKEN", help="the token that ends a document (default: the usual names)"
     )
-    command.add_argument("--glob", default="*", metavar="PATTERN", help="file names to take from a directory")
+    command.add_argument("--glob", default="*", metavar="PATTERN", help="file names to take from directories")
+    command.add_argument("--overwrite", action="store_true", help="replace a dataset that is at PREFIX")
     command.set_defaults(run=_build)
 
 
@@ -56,7 +57,7 @@ def _add_inspect(commands: argparse._SubParsersAction) -> None:
 
 
 def _build(args: argparse.Namespace) -> int:
-    build(args.paths, args.tokenizer, args.out, args.processes, args.end_of_document, args.glob)
+    build(args.paths, args.tokenizer, args.out, args.processes, args.end_of_document, args.glob, args.overwrite)
     return 0
 
 

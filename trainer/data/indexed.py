@@ -62,6 +62,11 @@ def idx_path(prefix: str | Path) -> Path:
     return Path(f"{prefix}.idx")
 
 
+def starts_of(lengths: np.ndarray) -> np.ndarray:
+    """int64 [n + 1]: where each of n pieces that follow one another starts, and the end."""
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+
+
 class IndexedDataset:
     """The documents of PREFIX.bin and PREFIX.idx, memory-mapped.
 
@@ -86,19 +91,10 @@ class IndexedDataset:
         return len(self.lengths)
 
     def __getitem__(self, document: int) -> np.ndarray:
-        """All tokens of `document`."""
-        return self.read(document)
-
-    def read(self, document: int, offset: int = 0, length: int | None = None) -> np.ndarray:
-        """`length` tokens of `document` from `offset` on (to its end when None), as a view of the file."""
-        if not -len(self) <= document < len(self):
+        """The tokens of `document`, as a view of the file."""
+        if not 0 <= document < len(self):
             raise IndexError(f"document {document} of {len(self)}")
-        whole = int(self.lengths[document])
-        length = whole - offset if length is None else length
-        if offset < 0 or length < 0 or offset + length > whole:
-            raise IndexError(f"tokens {offset} to {offset + length} of document {document}, which has {whole}")
-        start = int(self.offsets[document % len(self)]) + offset
-        return self.flat[start : start + length]
+        return self.flat[self.offsets[document] : self.offsets[document + 1]]
 
 
 def _read_index(path: Path) -> tuple[np.dtype, np.ndarray]:
@@ -145,15 +141,15 @@ def _document_offsets(
     if bad.any():
         i = int(bad.argmax())
         _fail(path, HEADER.size + 4 * i, f"says that sequence {i} has {lengths[i]} tokens")
-    ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
-    bad = pointers != ends[:-1] * dtype.itemsize
+    starts = starts_of(lengths)
+    bad = pointers != starts[:-1] * dtype.itemsize
     if bad.any():
         i = int(bad.argmax())
         _fail(
             path,
             at_pointers + 8 * i,
             f"says that sequence {i} starts at byte {pointers[i]}, and the lengths before it say "
-            f"{ends[i] * dtype.itemsize}",
+            f"{starts[i] * dtype.itemsize}",
         )
     if not len(documents) or documents[0] != 0:
         _fail(path, at_documents, "must say that document 0 starts with sequence 0")
@@ -168,7 +164,7 @@ def _document_offsets(
     if documents[-1] != sequences:
         at = at_documents + 8 * (len(documents) - 1)
         _fail(path, at, f"ends the last document at sequence {documents[-1]} of {sequences}")
-    return ends[documents]
+    return starts[documents]
 
 
 def _map_tokens(path: Path, dtype: np.dtype, tokens: int) -> np.ndarray:
@@ -252,8 +248,7 @@ class IndexedWriter:
 
     def _index(self) -> bytes:
         lengths = np.asarray(self.lengths, "<i4")
-        ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
         header = HEADER.pack(MAGIC, VERSION, CODES[self.dtype], len(lengths), len(lengths) + 1)
-        pointers = (ends[:-1] * self.dtype.itemsize).astype("<i8")
+        pointers = (starts_of(lengths)[:-1] * self.dtype.itemsize).astype("<i8")
         documents = np.arange(len(lengths) + 1, dtype="<i8")
         return header + lengths.tobytes() + pointers.tobytes() + documents.tobytes()

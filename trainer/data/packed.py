@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from trainer.data.indexed import IndexedDataset, bin_path, idx_path
+from trainer.data.indexed import IndexedDataset, bin_path, idx_path, starts_of
 from trainer.data.permutation import Permutation
 from trainer.errors import InputError
 
@@ -75,10 +75,10 @@ class PackedDataset:
         self.vocab = vocab
         self.documents, offsets, lengths = _split(indexed, split, holdout)
         """int64: indices of the documents of this split, ascending."""
-        self._starts = _cumulative(lengths)
+        self._starts = starts_of(lengths)
         self.tokens = int(self._starts[-1])
         self._check_long_enough(name or indexed.prefix, split)
-        self._loss_mask = _loss_mask_of(indexed)
+        self._loss_mask = loss_mask_of(indexed)
         # Neighbours in the split that are neighbours in the file are read as one piece.
         firsts = np.flatnonzero(np.diff(self.documents, prepend=-2) != 1)
         self._piece_starts = self._starts[firsts]
@@ -113,28 +113,29 @@ class PackedDataset:
     def _read(self, source: IndexedDataset, start: int, length: int) -> np.ndarray:
         """[length] tokens of the stream from `start` on, out of `source` (the tokens or their loss mask)."""
         pieces, end = [], start + length
-        piece = int(np.searchsorted(self._piece_starts, start, side="right")) - 1
         while start < end:
-            last = piece + 1 == len(self._piece_starts)
-            stop = end if last else min(end, int(self._piece_starts[piece + 1]))
-            at = int(self._piece_offsets[piece] + start - self._piece_starts[piece])
+            at, stop = self._find(start)
+            stop = min(end, stop)
             pieces.append(source.flat[at : at + stop - start])
-            start, piece = stop, piece + 1
+            start = stop
         return np.concatenate(pieces)
+
+    def _find(self, place: int) -> tuple[int, int]:
+        """Where the token at `place` of the stream lies in the file, and up to which place others follow it there."""
+        piece = int(np.searchsorted(self._piece_starts, place, side="right")) - 1
+        last = piece + 1 == len(self._piece_starts)
+        stop = self.tokens if last else int(self._piece_starts[piece + 1])
+        return int(self._piece_offsets[piece] + place - self._piece_starts[piece]), stop
 
     def _check_ids(self, tokens: np.ndarray, start: int) -> None:
         bad = tokens < 0 if self.vocab is None else (tokens < 0) | (tokens >= self.vocab)
         if not bad.any():
             return
-        place = start + int(bad.argmax())
-        piece = int(np.searchsorted(self._piece_starts, place, side="right")) - 1
-        at = int(self._piece_offsets[piece] + place - self._piece_starts[piece])
+        at, _ = self._find(start + int(bad.argmax()))
+        rule = "which is negative" if self.vocab is None else f"outside a vocabulary of {self.vocab:,}"
         raise InputError(
             f"{bin_path(self.indexed.prefix)}: byte {at * self.indexed.dtype.itemsize} holds the token id "
-            f"{tokens[bad][0]}, outside a vocabulary of {self.vocab:,}; build the dataset with the model's tokenizer"
-            if self.vocab is not None
-            else f"{bin_path(self.indexed.prefix)}: byte {at * self.indexed.dtype.itemsize} holds the negative "
-            f"token id {tokens[bad][0]}; build the dataset again"
+            f"{tokens[bad][0]}, {rule}; build the dataset with the model's tokenizer"
         )
 
     def _check_long_enough(self, name: str, split: str) -> None:
@@ -148,11 +149,6 @@ class PackedDataset:
             f"{name} has {self.tokens:,} tokens in its {split} split, and one sample takes data.seq_len + 1 = "
             f"{self.seq_len + 1:,}; {remedy}"
         )
-
-
-def _cumulative(lengths: np.ndarray) -> np.ndarray:
-    """int64 [n + 1]: where each of n pieces starts, and the end."""
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
 
 
 def _split(indexed: IndexedDataset, split: str, share: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -182,12 +178,12 @@ def _held_out(lengths: np.ndarray, share: float) -> np.ndarray:
     fitting = order[lengths[order] <= target]
     if not len(fitting):
         fitting = order[[np.argmin(lengths[order])]]
-    taken = fitting[_cumulative(lengths[fitting])[:-1] < target]
+    taken = fitting[starts_of(lengths[fitting])[:-1] < target]
     held_out[taken[: len(order) - 1]] = True
     return held_out
 
 
-def _loss_mask_of(indexed: IndexedDataset) -> IndexedDataset | None:
+def loss_mask_of(indexed: IndexedDataset) -> IndexedDataset | None:
     """The loss mask beside a dataset, checked to fit it, or None where all tokens are to be learnt."""
     prefix = loss_mask_prefix(indexed.prefix)
     if not idx_path(prefix).exists():

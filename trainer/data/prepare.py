@@ -47,6 +47,13 @@ class Corpus:
     """One a source; empty when `data.holdout` is 0 or nobody asked."""
     weights: list[float]
     """Of the sources, for `Blend`."""
+    tokenizer: Path | None
+    """The tokenizer.json of the text; None where the recipe names none, as datasets that are built need none."""
+
+    @property
+    def samples(self) -> int:
+        """Different samples to train on, over all sources; of one source, an epoch."""
+        return sum(len(packed) for packed in self.train)
 
 
 def check(settings: DataSettings, model_vocab: int) -> None:
@@ -74,7 +81,6 @@ def check(settings: DataSettings, model_vocab: int) -> None:
 def prepare(
     settings: DataSettings,
     model_vocab: int,
-    seq_len: int,
     report: Callable[[str], None] = print,
     evaluates: bool = True,
 ) -> Corpus:
@@ -83,7 +89,6 @@ def prepare(
     Args:
         settings: checked again here, so that a caller cannot forget to.
         model_vocab: rows of the model's embedding.
-        seq_len: tokens of a sample.
         report: takes one line about each step that takes a while; silent when all is cached.
         evaluates: whether the held-out text is wanted too; it is kept out of training either way.
     """
@@ -102,7 +107,9 @@ def prepare(
 
     def packed(split: str) -> list[PackedDataset]:
         return [
-            PackedDataset(data, seq_len, split, settings.holdout, settings.mask_documents, model_vocab, source.path)
+            PackedDataset(
+                data, settings.seq_len, split, settings.holdout, settings.mask_documents, model_vocab, source.path
+            )
             for data, source in zip(datasets, settings.sources, strict=True)
         ]
 
@@ -110,6 +117,7 @@ def prepare(
         train=packed("train"),
         holdout=packed("holdout") if settings.holdout and evaluates else [],
         weights=[source.weight for source in settings.sources],
+        tokenizer=tokenizer_path,
     )
 
 
@@ -210,7 +218,8 @@ def _tokenised(files: TextFiles, digest: str, tokenizer_path: Path, report: Call
 
     def make() -> None:
         report(f"data: tokenising {files.name}, once; it is kept in {prefix}.bin")
-        build([files.name], tokenizer_path, prefix, report=lambda line: report(f"data: {line}"))
+        # An interrupted build may have left files, and no index.
+        build([files.name], tokenizer_path, prefix, overwrite=True, report=lambda line: report(f"data: {line}"))
 
     _once(idx_path(prefix), make)
     return prefix

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -78,36 +78,32 @@ class TextFiles:
 
 
 def text_files(path: str, glob: str = "*") -> TextFiles:
-    """The files of a source; `glob` picks names in a directory.
+    """The files of a source; `glob` picks names in a directory, and among the .py files of ``stdlib``.
 
     Raises:
         InputError: the path is missing, or there is no file in it.
     """
-    if path == STDLIB:
-        return _found(path, _walk(Path(sysconfig.get_path("stdlib")), "*.py", STDLIB_WITHOUT))
     place = Path(path).expanduser()
-    if place.is_file():
+    if path == STDLIB:
+        kind, files = ".py file", _walk(Path(sysconfig.get_path("stdlib")), "*.py", STDLIB_WITHOUT)
+    elif place.is_dir():
+        kind, files = "file", _walk(place)
+    elif place.is_file():
         return TextFiles(path, (place,), True, [])
-    if place.is_dir():
-        return _found(path, _walk(place, glob, frozenset()))
-    raise InputError(
-        f"{path} does not exist; give the prefix of a built dataset, a directory, a .txt or .jsonl file, or {STDLIB}"
-    )
+    else:
+        raise InputError(
+            f"{path} does not exist; give the prefix of a built dataset, a directory, a .txt or .jsonl file, "
+            f"or {STDLIB}"
+        )
+    matching = tuple(file for file in files if fnmatch(file.name, glob))
+    if not matching:
+        raise InputError(
+            f"{path} holds no {kind} that matches {glob}; give a directory with text in it, or another --glob"
+        )
+    return TextFiles(path, matching, False, [])
 
 
-def documents(paths: Sequence[str], glob: str = "*") -> Iterator[Document]:
-    """The documents of several sources, in order."""
-    for path in paths:
-        yield from text_files(path, glob)
-
-
-def _found(name: str, files: list[Path]) -> TextFiles:
-    if not files:
-        raise InputError(f"{name} holds no file that matches; give a directory with text in it, or another --glob")
-    return TextFiles(name, tuple(files), False, [])
-
-
-def _walk(root: Path, glob: str, without: frozenset[str]) -> list[Path]:
+def _walk(root: Path, glob: str = "*", without: frozenset[str] = frozenset()) -> list[Path]:
     """Files under `root` whose name matches, sorted by path; hidden ones and links to directories are left out."""
     found = []
     for folder, folders, names in os.walk(root):
