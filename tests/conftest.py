@@ -74,7 +74,7 @@ class Run:
 
     def weights(self) -> dict[str, np.ndarray]:
         """The newest checkpoint's."""
-        return load_file(self.newest / "weights.safetensors")
+        return load_file(self.newest / "model.safetensors")
 
     def curves(self, folder: str = "") -> dict[str, list[tuple[int, float]]]:
         """Tag -> (x, value) in order, as TensorBoard reads them."""

@@ -32,7 +32,7 @@ from trainer.checkpoint import Checkpoint
 from trainer.data.blend import Blend
 from trainer.data.loader import Batch, Loader, evaluation_batches
 from trainer.data.prepare import Corpus, prepare
-from trainer.launch.rank import StopSignal
+from trainer.launch.rank import StopSignal, from_rank_0
 from trainer.loop import Loop
 from trainer.meter import Meter
 from trainer.precision import Precision
@@ -72,17 +72,17 @@ def build(
             with resumed.reader(kind) as read:
                 weights.load(kind, read, dtype)
 
-    corpus = prepare(recipe.data, recipe.model.vocab, recipe.data.seq_len, say, recipe.train.eval_every > 0)
+    corpus = prepare(recipe.data, recipe.model.vocab, say, recipe.train.eval_every > 0)
     loader, holdout = _batches(recipe, corpus, mesh, rank, resumed.state["samples"] if resumed else 0)
     gradients = Gradients(parallel.model, recipe.model, weights, recipe.data.seq_len, dtype)
     finish = Finish(weights, parallel.data, table, recipe.optimizer, dtype)
     micro_batches = mesh.layout.check_batch(recipe.train.global_batch)
     step = TrainStep(gradients, finish, weights, micro_batches, dtype)
     meter = _meter(recipe, mesh, precision, collectives)
-    callbacks = _callbacks(recipe, rank, signal, console, meter) + (extra or [])
+    callbacks = _callbacks(recipe, rank, signal, console, meter, corpus.tokenizer) + (extra or [])
     loop = Loop(recipe, run, mesh, collectives, weights, step, loader, holdout, meter, callbacks)
     if rank == 0:
-        _banner(loop, precision.name, table.describe(), micro_batches, say)
+        _banner(loop, precision.name, table.describe(), micro_batches, corpus.samples, say)
         _write_plan(run, mesh)
     if resumed:
         loop.resume(resumed)
@@ -90,20 +90,14 @@ def build(
 
 
 def _resumed(recipe: Recipe, run: RunDirectory, world: World, say: Callable[[str], None]) -> Checkpoint | None:
-    """The checkpoint that the run goes on from. Rank 0 decides and checks it; its error is raised on every rank."""
-    verdict: Checkpoint | Exception | None = None
-    if world.rank == 0:
-        try:
-            if recipe.checkpoint.resume == "auto":
-                verdict = checkpoint.newest(run.checkpoints, say)
-            elif recipe.checkpoint.resume != "none":
-                verdict = checkpoint.load(Path(recipe.checkpoint.resume).resolve())
-        except Exception as error:
-            verdict = error
-    verdict = world.broadcast(verdict)
-    if isinstance(verdict, Exception):
-        raise verdict
-    return verdict
+    """The checkpoint that the run goes on from. Rank 0 decides and checks it."""
+
+    def choose() -> Checkpoint | None:
+        if recipe.checkpoint.resume == "auto":
+            return checkpoint.newest(run.checkpoints, say)
+        return None if recipe.checkpoint.resume == "none" else checkpoint.load(Path(recipe.checkpoint.resume).resolve())
+
+    return from_rank_0(world, choose)
 
 
 @contextmanager
@@ -147,10 +141,12 @@ def _peak_memory_gib() -> float:
     return machine.peak_memory_gib()
 
 
-def _callbacks(recipe: Recipe, rank: int, signal: StopSignal, console: RichConsole, meter: Meter) -> list[Callback]:
+def _callbacks(
+    recipe: Recipe, rank: int, signal: StopSignal, console: RichConsole, meter: Meter, tokenizer: Path | None
+) -> list[Callback]:
     """In order: what changes the run first, then what reports, the summary last."""
     memory_kind = "allocator peak" if machine.device() == "Ascend" else "peak RSS"
-    callbacks: list[Callback] = [Signals(signal), Checkpointer()]
+    callbacks: list[Callback] = [Signals(signal), Checkpointer(tokenizer)]
     if rank == 0:
         batch = recipe.train.global_batch
         tags = metrics.tags(recipe.metrics.tags, meter.flops_per_token, recipe.machine.rank.memory_gib)
@@ -161,10 +157,12 @@ def _callbacks(recipe: Recipe, rank: int, signal: StopSignal, console: RichConso
 def _speaker(console: RichConsole, rank: int) -> Callable[[str], None]:
     if rank != 0:
         return lambda text: None
-    return lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)
+    return console.print
 
 
-def _banner(loop: Loop, precision: str, kernel_line: str, micro_batches: int, say: Callable[[str], None]) -> None:
+def _banner(
+    loop: Loop, precision: str, kernel_line: str, micro_batches: int, samples: int, say: Callable[[str], None]
+) -> None:
     recipe, meter = loop.recipe, loop.meter
     peak = "unknown for this machine, so MFU is not given"
     if meter.peak_flops:
@@ -178,6 +176,9 @@ def _banner(loop: Loop, precision: str, kernel_line: str, micro_batches: int, sa
         f"tokens a step: {meter.tokens_per_step:,} = {recipe.train.global_batch} sequences x {recipe.data.seq_len}; "
         f"micro-batches a rank: {micro_batches}"
     )
+    taken = recipe.train.steps * recipe.train.global_batch
+    epochs = f"{taken / samples:.2g} epochs"
+    say(f"data: {samples:,} samples of {recipe.data.seq_len} tokens; the run takes {taken:,} ({epochs})")
     say(f"memory after the model is built: {_peak_memory_gib():.2f} GiB a rank")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from trainer import recipe as recipes
 from trainer.recipe import Recipe
 
 BUILT_IN = "tiny_dense"
+YAML = (".yaml", ".yml")
 PACKAGED = Path(__file__).parent.parent / "recipes"
 GROUPS = sorted(folder.name for folder in PACKAGED.iterdir() if folder.is_dir() and any(folder.glob("*.yaml")))
 
@@ -36,8 +38,9 @@ def compose_recipe(name: str, overrides: list[str]) -> Composed:
     """Compose the packaged recipe or YAML file `name` with `overrides`; `ConfigError` says what is wrong."""
     parsed = _parse(overrides)
     machine = _topology_file(parsed)
+    folders = [PACKAGED, Path(name).parent] if Path(name).suffix in YAML else [PACKAGED]
     for override in parsed:
-        _check_known(override)
+        _check_known(override, folders)
     config = _hydra(name, [_line(override) for override in parsed])
     if machine:
         OmegaConf.update(config, "topology", machine, merge=False, force_add=True)
@@ -66,19 +69,20 @@ def _topology_file(parsed: list[Override]) -> dict | None:
     """`topology=FILE` taken out of the overrides and read; None where a group member or nothing is named."""
     for override in parsed:
         value = override.value()
-        if override.key_or_group == "topology" and isinstance(value, str) and value.endswith((".yaml", ".yml")):
+        if override.key_or_group == "topology" and isinstance(value, str) and value.endswith(YAML):
             parsed.remove(override)
             return dict(_read_yaml(Path(value), "topology"))
     return None
 
 
-def _check_known(override: Override) -> None:
+def _check_known(override: Override, folders: list[Path]) -> None:
+    """`folders` hold the groups: the package's and, beside a file of the user's own, the user's."""
     key = override.key_or_group
     if override.is_sweep_override():
         raise ConfigError(f"{override.input_line} gives several values; add --multirun to run each, or quote the value")
     if key in GROUPS and not override.is_delete():
         value = override.value()
-        members = sorted(file.stem for file in (PACKAGED / key).glob("*.yaml"))
+        members = sorted({file.stem for folder in folders for file in (folder / key).glob("*.yaml")})
         if not isinstance(value, dict) and value not in members:
             raise ConfigError(f"{key}={value} is unknown; {nearest(str(value), members)}")
     elif key.split(".")[0] == "topology":
@@ -95,7 +99,7 @@ def _line(override: Override) -> str:
 
 def _hydra(name: str, overrides: list[str]) -> DictConfig:
     file = Path(name)
-    if file.suffix in (".yaml", ".yml"):
+    if file.suffix in YAML:
         _read_yaml(file, "recipe")
         start = initialize_config_dir(str(file.parent.resolve()), version_base="1.3")
         stem, overrides = file.stem, [*overrides, "hydra.searchpath=[pkg://recipes]"]
@@ -107,6 +111,11 @@ def _hydra(name: str, overrides: list[str]) -> DictConfig:
         with start:
             return compose(stem, overrides=overrides)
     except (HydraException, OmegaConfBaseException) as error:
+        if group := re.match(r"Could not override '(\w+)'", str(error)):
+            raise ConfigError(
+                f"recipe {name} takes no {group[1]}=…, as it has no {group[1]} in its defaults list; "
+                f"set {group[1]}.KEY=…, or write the group into that list"
+            ) from error
         raise ConfigError(f"recipe {name}: {str(error).splitlines()[0]}; {recipes.REFERENCE}") from error
 
 
@@ -127,7 +136,7 @@ def _read_yaml(file: Path, what: str) -> dict:
 def _run_name(name: str) -> str:
     """A saved recipe (`runs/NAME/recipe.yaml`) gives its run's name without the number, others their own."""
     file = Path(name)
-    if file.suffix not in (".yaml", ".yml"):
+    if file.suffix not in YAML:
         return name
     if file.stem == "recipe":
         return file.resolve().parent.name.rstrip("0123456789").rstrip("-") or file.stem

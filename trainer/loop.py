@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from models.config import ModelConfig
 from parallel.collectives import Collectives
 from parallel.mesh import Mesh
-from trainer import metrics
+from trainer import checkpoint, metrics
 from trainer.callbacks.base import Callback
 from trainer.checkpoint import Checkpoint
 from trainer.data.loader import Batch, Loader
@@ -43,6 +44,7 @@ class Loop:
         self.step = 0
         self.status = "running"
         self.stop_requested = self.stopped = False
+        self.resumed_from: Path | None = None
 
     @property
     def model(self) -> ModelConfig:
@@ -58,6 +60,8 @@ class Loop:
         """Train to the last step. Raises `Stopped` after a signal, `NotFiniteError` on a bad loss."""
         try:
             self.call("on_start")
+            if self.resumed_from:
+                self.event("resumed", checkpoint=str(self.resumed_from))
             while self.step < self.last_step and not self.stopped:
                 self.advance()
             self.status = "stopped" if self.stopped else "done"
@@ -80,7 +84,7 @@ class Loop:
 
     def resume(self, saved: Checkpoint) -> None:
         """Take the step and the callbacks' state from a checkpoint; weights and data start from it already."""
-        self.step = saved.step
+        self.step, self.resumed_from = saved.step, saved.path
         for callback in self.callbacks:
             if callback.name in saved.state["callbacks"]:
                 callback.load_state(saved.state["callbacks"][callback.name])
@@ -91,7 +95,7 @@ class Loop:
             getattr(callback, hook)(self, *arguments)
 
     def event(self, name: str, **details: Any) -> None:
-        """Tell every callback that something happened."""
+        """Tell every callback that something happened after the last step, or at `details["step"]`."""
         self.call("on_event", {metrics.STEP: self.step, metrics.EVENT: name, **details})
 
     def _one_step(self) -> Outcome:
@@ -99,33 +103,32 @@ class Loop:
         batch = next(self.loader)
         rate = self.rates.rate(self.step + 1)
         outcome = self.train_step(batch, rate, self.step + 1, self.stop_requested)
+        self._check(outcome, self.step + 1)
         self.step += 1
-        self._check(outcome)
         self.meter.add(outcome, rate, self.loader.consumed, time.perf_counter() - begin, self.loader.wait_s)
         return outcome
 
-    def _check(self, outcome: Outcome) -> None:
+    def _check(self, outcome: Outcome, step: int) -> None:
         if outcome.tokens == 0:
             raise InputError(
-                f"step {self.step}: no token of the batch has a label; see to data.sources, where prompts take no loss"
+                f"step {step}: no token of the batch has a label; see to data.sources, where prompts take no loss"
             )
         if not (math.isfinite(outcome.loss) and math.isfinite(outcome.grad_norm)):
-            self._end_not_finite(loss=outcome.loss, grad_norm=outcome.grad_norm)
+            self._end_not_finite(step, loss=outcome.loss, grad_norm=outcome.grad_norm)
 
-    def _end_not_finite(self, **values: float) -> NoReturn:
+    def _end_not_finite(self, step: int, **values: float) -> NoReturn:
         self.status = "not_finite"
-        self.event("not_finite", **{name: repr(value) for name, value in values.items()})
-        self.collectives.world.barrier()  # the first rank to raise ends the others, and rank 0 is still writing
+        self.event("not_finite", step=step, **{name: repr(value) for name, value in values.items()})
+        # The first rank to raise ends the others: they wait here for rank 0, which is still writing.
+        good = self.collectives.world.broadcast(checkpoint.last_saved(self.run.checkpoints))
         names = {
             metrics.LOSS: "the loss",
             metrics.GRAD_NORM: "the gradient norm",
             metrics.EVAL_LOSS: "the held-out loss",
         }
         what = " and ".join(f"{names[key]} is {value}" for key, value in values.items())
-        raise NotFiniteError(
-            f"step {self.step}: {what}; the last good checkpoint stands: go on from it under another train.name, with "
-            f"checkpoint.resume={self.run.checkpoints}/step-… and a smaller optimizer.lr or a longer lr.warmup"
-        )
+        start = f"go on from {good} with checkpoint.resume={good}, another train.name" if good else "start again with"
+        raise NotFiniteError(f"step {step}: {what}; {start} and a smaller optimizer.lr or a longer lr.warmup")
 
     def _evaluates(self) -> bool:
         every = self.recipe.train.eval_every
@@ -134,6 +137,6 @@ class Loop:
     def _evaluate(self) -> None:
         loss = self.train_step.evaluate(self.holdout)
         if not math.isfinite(loss):
-            self._end_not_finite(eval_loss=loss)
+            self._end_not_finite(self.step, eval_loss=loss)
         self.meter.eval_loss = loss
         self.call("on_evaluation", {metrics.STEP: self.step, metrics.EVAL_LOSS: loss})

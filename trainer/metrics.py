@@ -5,7 +5,11 @@ A row of `metrics.jsonl` has the keys of `ROW`; TensorBoard shows them under the
 
 from __future__ import annotations
 
+import contextlib
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
@@ -32,6 +36,13 @@ DATA_SHARE = "data_share"
 
 ROW = (STEP, LOSS, GRAD_NORM, LR, TOKENS, SAMPLES, TOKENS_PER_S, TOKENS_PER_S_PER_RANK,
        STEP_S, DATA_WAIT_S, MFU, MEMORY_GIB)  # fmt: skip
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """The objects of a metrics.jsonl, none where there is no file; what a kill cut short is passed over."""
+    for text in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            yield json.loads(text)
 
 
 @dataclass(frozen=True)

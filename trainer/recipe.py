@@ -8,7 +8,7 @@ import inspect
 import textwrap
 import typing
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -82,8 +82,18 @@ def typed(config: DictConfig) -> Recipe:
 
 
 def resolved(recipe: Recipe) -> str:
-    """The recipe as YAML with every key in it."""
-    return OmegaConf.to_yaml(OmegaConf.structured(recipe))
+    """The recipe as YAML with every key in it, to be run again.
+
+    It says nothing of how this start found its directory and its ranks (`train.name`, `checkpoint.resume`,
+    `launcher.kind`): another would go into the same directory, or look for a launcher that is not there.
+    """
+    anew = replace(
+        recipe,
+        train=replace(recipe.train, name=None),
+        checkpoint=replace(recipe.checkpoint, resume="none"),
+        launcher=replace(recipe.launcher, kind="auto"),
+    )
+    return OmegaConf.to_yaml(OmegaConf.structured(anew))
 
 
 def unknown_key(key: str) -> str:
@@ -93,6 +103,8 @@ def unknown_key(key: str) -> str:
     siblings = [k for k in known if section and k.startswith(section + ".")]
     namesakes = [k for k in known if k.endswith("." + name)]
     sections = {k.split(".")[0] for k in known}
+    if key in sections:
+        return f"{key} is a section of keys and takes no value itself; set {key}.KEY=…, {REFERENCE}"
     return f"unknown key {key}; {nearest(key, siblings or namesakes or [*known, *sections], REFERENCE)}"
 
 

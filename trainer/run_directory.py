@@ -27,7 +27,7 @@ MAY_CHANGE = (
 """Keys in which a resumed run's recipe may differ from the one that began it."""
 
 WAIT_SECONDS = 60.0
-"""How much later than this rank rank 0 may make the run directory."""
+"""How much later than this node node 0 may make the run directory."""
 
 
 @dataclass(frozen=True)
@@ -79,16 +79,16 @@ class RunDirectory:
         return self.path / "logs"
 
     def wait_for(self, recipe: Recipe, seconds: float = WAIT_SECONDS) -> None:
-        """Wait until rank 0, on another node perhaps, has made this directory for `recipe`.
+        """Wait until node 0 has made this directory for `recipe`.
 
-        Raises `MachineError` where that takes longer: rank 0 writes elsewhere, or runs another recipe.
+        Raises `MachineError` where that takes longer: node 0 has failed, writes elsewhere, or runs another recipe.
         """
         end = time.monotonic() + seconds
         while not (self.recipe.is_file() and not _differing(self, recipe, ("launcher",))):
             if time.monotonic() > end:
                 raise MachineError(
-                    f"rank 0 has not made {self.path} for this recipe within {seconds:.0f} s; set train.out to a "
-                    "folder that all nodes share, and start all with the same recipe"
+                    f"node 0 has not made {self.path} for this recipe within {seconds:.0f} s; see what it says, set "
+                    "train.out to a folder that all nodes share, and start all with the same recipe"
                 )
             time.sleep(0.1)
 

@@ -138,7 +138,7 @@ class CheckpointSettings:
     resume: str = "none"
     """`none`; `auto`, from the newest checkpoint of the run if there is one; or a checkpoint's folder."""
     init_from: str | None = None
-    """Folder of weights to start from, Hugging Face's or ours; shapes must fit the model."""
+    """Folder of weights to start from: Hugging Face's, a converted one or a checkpoint; shapes must fit the model."""
 
     def __post_init__(self) -> None:
         check_at_least("checkpoint.every", self.every, 0)

@@ -56,7 +56,7 @@ class Weights:
             parameter.set_data(Tensor(np.ascontiguousarray(spec.stack(read), dtype)))
 
     def kinds(self) -> dict[str, ParameterTuple]:
-        """What a checkpoint holds, by the name of its file."""
+        """What a checkpoint holds, by kind."""
         return {"weights": self.values, "first": self.first, "second": self.second}
 
 

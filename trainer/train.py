@@ -15,6 +15,8 @@ from omegaconf import OmegaConf
 from models.checks import ConfigError
 from models.config import ModelConfig
 from trainer import checkpoint, launch, machine, precision, run_directory
+from trainer.callbacks.console import terminal
+from trainer.callbacks.summary import note_failure
 from trainer.compose import BUILT_IN, Composed, compose_recipe, known_recipes, sweep
 from trainer.data import prepare
 from trainer.errors import EXIT_DONE, InputError
@@ -45,8 +47,10 @@ def run(args: argparse.Namespace) -> int:
         name, overrides = BUILT_IN, [name, *overrides]
     if not args.multirun:
         return _one(compose_recipe(name, overrides), args.cfg)
-    for job in sweep(overrides):
-        print(f"multirun: {name} {' '.join(job)}", flush=True)
+    jobs = sweep(overrides)
+    _check_names(jobs)
+    for job in jobs:
+        _say(f"multirun: {name} {' '.join(job)}")
         code = _one(compose_recipe(name, job), args.cfg)
         if code != EXIT_DONE:
             return code
@@ -72,18 +76,25 @@ def train(recipe: Recipe, name: str) -> int:
     if kind == "none":
         return _be_a_rank(recipe, name)
     cluster = launch.resolve(recipe.launcher, os.environ) if kind == "msrun" else None
-    if cluster and cluster.nodes > 1:
-        _check_named(recipe, f"{cluster.nodes} nodes")
-    with _run_directory(recipe, name, first=cluster is None or cluster.node_rank == 0) as run:
-        start = launch.compose(recipe.launcher, ranks, run.path, device)
+    if cluster and cluster.nodes > 1 and recipe.train.name is None:
+        raise ConfigError(
+            f"train.name is left out, but {cluster.nodes} nodes must find one run directory; set train.name=NAME"
+        )
+    first = cluster is None or cluster.node_rank == 0
+    with _run_directory(recipe, name, first) as run:
+        worker = launch.worker_command(run.path, recipe.checkpoint.resume)
+        start = launch.compose(recipe.launcher, ranks, run.path, device, os.environ, worker)
         _check_memory(recipe, len(start.ranks))
         _prepare(recipe)
-    return launch.supervise(start)
+    code = launch.supervise(start)
+    if first:
+        note_failure(run, code)
+    return code
 
 
 @contextmanager
-def _run_directory(recipe: Recipe, name: str, first: bool) -> Iterator[RunDirectory]:
-    """The run directory, made by the `first` node or rank and awaited by others; an error inside unmakes a new one."""
+def _run_directory(recipe: Recipe, name: str, first: bool = True) -> Iterator[RunDirectory]:
+    """The run directory, made by the `first` node and awaited by the others; an error inside unmakes a new one."""
     if not first:
         run = run_directory.named(recipe)
         run.wait_for(recipe)
@@ -106,11 +117,17 @@ def _run_directory(recipe: Recipe, name: str, first: bool) -> Iterator[RunDirect
 def _prepare(recipe: Recipe) -> None:
     """Tokenise once on this node, before ranks start; they find it in the cache."""
     evaluates = recipe.train.eval_every > 0
-    prepare.prepare(recipe.data, recipe.model.vocab, recipe.data.seq_len, _say, evaluates)
+    prepare.prepare(recipe.data, recipe.model.vocab, _say, evaluates)
 
 
 def _say(line: str) -> None:
-    print(line, flush=True)
+    terminal().print(line)
+
+
+def _check_names(jobs: list[list[str]]) -> None:
+    named = [word for job in jobs for word in job if word.startswith("train.name=")]
+    if len(set(named)) < len(named):
+        raise ConfigError(f"{named[0]} would be the name of several runs; leave it out, or sweep over it too")
 
 
 def _with_world(recipe: Recipe) -> Recipe:
@@ -122,24 +139,19 @@ def _with_world(recipe: Recipe) -> Recipe:
 
 
 def _be_a_rank(recipe: Recipe, name: str) -> int:
-    """This process is a rank: alone, or under a launcher that Busway did not start."""
-    rank, size = launch.world_from_environment(os.environ)
-    if size > 1:
-        _check_named(recipe, f"{size} ranks that Busway did not start")
-    local = launch.local_size(os.environ, size)
-    with _run_directory(recipe, name, first=rank == 0) as run:
-        _check_memory(recipe, local)
-        if rank == 0:
-            _prepare(recipe)
+    """This process is a rank that Busway did not start, under a launcher of the user's or alone."""
+    local = launch.local_size(os.environ, launch.world_from_environment(os.environ)[1])
     os.environ.update(launch.rank_environment(os.environ, local, len(os.sched_getaffinity(0)), machine.device()))
-    from trainer.worker import work
 
-    return work(recipe, run, rank)
+    def begin() -> RunDirectory:
+        with _run_directory(recipe, name) as run:
+            _check_memory(recipe, local)
+            _prepare(recipe)
+        return run
 
+    from trainer.worker import join
 
-def _check_named(recipe: Recipe, who: str) -> None:
-    if recipe.train.name is None:
-        raise ConfigError(f"train.name is left out, but {who} must find one run directory; set train.name=NAME")
+    return join(recipe, begin)
 
 
 def _check_start(recipe: Recipe) -> None:

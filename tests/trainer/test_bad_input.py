@@ -47,6 +47,8 @@ WRONG = {
     "layout.dp=3": ("train.global_batch 4 must be a multiple of layout.dp 3",),
     "data.seq_len=65": ("data.seq_len must not exceed model.max_length 64, but is 65", "shorten data.seq_len"),
     "train.seed=1,2": ("train.seed=1,2 gives several values", "--multirun"),
+    "train=null": ("train is a section of keys", "set train.KEY=…"),
+    "model=tiny_dense": ("takes no model=…", "set model.KEY=…"),
     "train.steps=3=4": ("cannot read an override", "key=value"),
     "topology.rank.speed=3": ("topology.rank.speed is no key of a topology file",),
     "topology.levels=[]": ("topology.levels must list at least one level",),
@@ -225,10 +227,10 @@ def test_a_launcher_above_of_another_size_is_refused(fails, monkeypatch):
     assert "a world of 4 ranks around this process, but the layout needs 2" in fails(2, "layout.dp=2")
 
 
-def test_ranks_of_a_foreign_launcher_need_a_name_for_their_directory(fails, monkeypatch):
-    monkeypatch.setenv("PMI_RANK", "1")
-    monkeypatch.setenv("PMI_SIZE", "2")
-    assert "train.name is left out" in fails(2, "launcher.kind=none")
+def test_a_name_for_several_runs_is_refused(fails):
+    assert "train.name=x would be the name of several runs; leave it out" in fails(
+        2, "--multirun", "train.name=x", "train.steps=1,2"
+    )
 
 
 def test_a_model_that_this_machine_cannot_hold_is_refused_before_it_is_made(fails, dataset):

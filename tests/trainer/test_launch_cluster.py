@@ -165,7 +165,9 @@ ONE_TASK_A_NODE = SLURM | {"SLURM_PROCID": "12", "SLURM_STEP_NUM_TASKS": "48", "
 @pytest.mark.parametrize(
     ("kind", "ranks", "device", "environ", "chosen"),
     [
-        ("auto", 1, "CPU", {}, "none"),
+        ("auto", 1, "CPU", {}, "alone"),
+        ("auto", 1, "Ascend", {}, "alone"),
+        ("none", 1, "CPU", {}, "none"),
         ("auto", 4, "CPU", {}, "mpi"),
         ("auto", 8, "Ascend", {}, "msrun"),
         ("auto", 4, "CPU", MPI_WORLD, "none"),
@@ -184,6 +186,7 @@ def test_auto_launches_unless_the_world_is_already_there(kind, ranks, device, en
     ("kind", "ranks", "device", "environ", "names"),
     [
         ("auto", 8, "CPU", MPI_WORLD, ["world of 4 ranks", "needs 8"]),
+        ("auto", 1, "CPU", MPI_WORLD, ["world of 4 ranks", "needs 1"]),
         ("none", 8, "CPU", MPI_WORLD, ["world of 4 ranks", "needs 8"]),
         ("none", 2, "CPU", {}, ["no launcher", "needs 2 ranks"]),
         ("msrun", 2, "CPU", {}, ["launcher.kind", "msrun", "launcher.kind=mpi"]),

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from models.checks import ConfigError
+from trainer import launch as launching
 from trainer.errors import MachineError
-from trainer.launch import compose, rank_environment
+from trainer.launch import rank_environment
 from trainer.launch.command import launched_environment, worker_command
 from trainer.launch.settings import LauncherSettings
 
@@ -32,7 +33,12 @@ def bin_directory(tmp_path, monkeypatch) -> Path:
 
 def kept(folder: Path, run: Path) -> list[str]:
     """A rank's command under its keeper, without the keeper's interpreter."""
-    return ["-P", "-m", "trainer.launch.keeper", f"{folder}/python", "-P", "-m", "trainer.worker", str(run)]
+    return ["-P", "-m", "trainer.launch.keeper", f"{folder}/python", "-P", "-m", "trainer.worker", str(run), "auto"]
+
+
+def compose(settings: LauncherSettings, ranks: int, run: Path, device: str, environ: dict[str, str]):
+    """The launch of workers that resume."""
+    return launching.compose(settings, ranks, run, device, environ, worker_command(run, "auto"))
 
 
 def test_on_cpu_mpiexec_starts_the_ranks_on_this_machine_alone(bin_directory, tmp_path):
@@ -44,6 +50,13 @@ def test_on_cpu_mpiexec_starts_the_ranks_on_this_machine_alone(bin_directory, tm
         *kept(bin_directory, tmp_path / "run"),
     ]
     assert (launch.ranks, launch.nodes) == (range(4), 1)
+
+
+@pytest.mark.parametrize("device", ["CPU", "Ascend"])
+def test_one_rank_has_a_process_of_its_own_and_no_launcher(bin_directory, tmp_path, device):
+    launch = compose(LauncherSettings(), 1, tmp_path / "run", device, {})
+    assert launch.command == [f"{bin_directory}/python", *kept(bin_directory, tmp_path / "run")]
+    assert launch.ranks == range(1)
 
 
 def test_on_one_ascend_node_msrun_starts_all_ranks(bin_directory, tmp_path):
@@ -136,7 +149,7 @@ def test_an_installed_package_is_not_put_before_the_standard_library(monkeypatch
 
 
 def test_a_rank_does_not_import_from_the_working_directory(tmp_path):
-    assert worker_command(tmp_path) == [sys.executable, "-P", "-m", "trainer.worker", str(tmp_path)]
+    assert worker_command(tmp_path, "none") == [sys.executable, "-P", "-m", "trainer.worker", str(tmp_path), "none"]
 
 
 @pytest.mark.parametrize(("device", "name", "remedy"), [("CPU", "mpiexec", "mpich"), ("Ascend", "msrun", "mindspore")])

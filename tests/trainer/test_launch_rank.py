@@ -158,4 +158,4 @@ def test_a_path_that_some_ranks_do_not_share_is_the_same_error_on_every_rank(tmp
 def test_a_path_that_rank_0_cannot_write_is_an_error_on_every_rank(tmp_path):
     messages = check_on([tmp_path / "missing", tmp_path])
     assert len(set(messages)) == 1
-    assert "cannot be written by rank 0" in messages[0]
+    assert "missing: No such file or directory; set train.out to another folder" in messages[0]

@@ -229,13 +229,16 @@ def test_a_full_disk_is_a_machine_error_before_any_rank_starts(tmp_path):
         subprocess.run(["umount", tmp_path / "run"], check=True)
 
 
-def test_one_signal_lets_every_rank_end_its_step_and_save(tmp_path):
-    run = Run(tmp_path, "step=0.1,step=1")
-    run.wait_for("step-0")
-    run.wait_for("step-1")
-    run.process.send_signal(signal.SIGTERM)
+@pytest.mark.parametrize("plan", ["step=0.1,step=1", "step=0.1"], ids=["two ranks", "one rank"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_one_signal_lets_every_rank_end_its_step_and_save(tmp_path, plan, number):
+    run = Run(tmp_path, plan)
+    ranks = range(len(plan.split(",")))
+    for rank in ranks:
+        run.wait_for(f"step-{rank}")
+    run.process.send_signal(number)
     assert run.end() == 75
-    assert (run.directory / "saved-0").exists() and (run.directory / "saved-1").exists()
+    assert all((run.directory / f"saved-{rank}").exists() for rank in ranks)
     assert run.err == "stopping after the current step; once more stops at once, without saving\n"
 
 

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
+from safetensors.numpy import load_file
+from tokenizers import Tokenizer
 
+from models import huggingface
 from models.checks import ConfigError
+from models.config import ModelConfig
 from trainer import checkpoint, run_directory
 from trainer.compose import compose_recipe
 from trainer.errors import InputError
+from trainer.weight_files import config_of_json
 
 STEPS = 6
 
@@ -36,7 +43,7 @@ def test_stopped_and_resumed_is_bit_identical_to_straight(busway, straight):
     whole = busway.train("halves", "checkpoint.resume=auto")
     assert "training starts at step 4" in whole.stdout
     assert whole.losses == straight.losses
-    for kind in ("weights", "first", "second"):
+    for kind in ("model", "first", "second"):
         ours, theirs = (run.newest / f"{kind}.safetensors" for run in (whole, straight))
         assert ours.read_bytes() == theirs.read_bytes()
     assert [value for _, value in whole.curves()["loss"]] == [np.float32(loss) for loss in straight.losses]
@@ -47,7 +54,7 @@ def test_stopped_and_resumed_is_bit_identical_to_straight(busway, straight):
 def test_a_damaged_checkpoint_is_passed_over_and_what_it_held_is_done_again(busway, straight):
     """Rows, curves and checkpoints past the resumed step are superseded."""
     shutil.copytree(straight.path, busway.out / "damaged")
-    weights = busway.out / "damaged" / "checkpoints" / "step-00000006" / "weights.safetensors"
+    weights = busway.out / "damaged" / "checkpoints" / "step-00000006" / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
@@ -55,10 +62,11 @@ def test_a_damaged_checkpoint_is_passed_over_and_what_it_held_is_done_again(busw
         file.write('{"step": 6, "los')  # a row that a crash cut short
     run = busway.train("damaged", "checkpoint.resume=auto", "train.eval_every=4")
     (said,) = [line for line in run.stdout.splitlines() if "passing over" in line]
-    assert "step-00000006/weights.safetensors does not match its checksum" in said
+    assert "step-00000006/model.safetensors does not match its checksum" in said
     assert run.losses == straight.losses and run.evaluations == straight.evaluations[:1] + run.evaluations[1:]
     steps = list(range(1, STEPS + 1))
-    assert [line["step"] for line in run.lines] == [1, 2, 3, 4, 4, 5, 6, 6]
+    assert [line["step"] for line in run.lines] == [1, 2, 3, 4, 4, 5, 5, 6, 6]
+    assert [(line["step"], line["event"]) for line in run.lines if "event" in line] == [(5, "resumed")]
     for folder, factor in (("", 1), ("samples", 4), ("tokens", 128)):
         for tag, curve in run.curves(folder).items():
             expected = [4, 6] if tag.startswith("eval_loss") else steps
@@ -71,7 +79,7 @@ def test_resuming_a_finished_run_leaves_its_results(busway, straight):
     shutil.copytree(straight.path, busway.out / "finished")
     run = busway.train("finished", "checkpoint.resume=auto", "train.eval_every=4")
     assert run.losses == straight.losses
-    assert run.summary == straight.summary
+    assert run.summary == {**straight.summary, "restarts": 1}
 
 
 def test_an_older_checkpoint_can_begin_another_run(busway, straight):
@@ -81,6 +89,30 @@ def test_an_older_checkpoint_can_begin_another_run(busway, straight):
     assert [row["step"] for row in run.rows] == [6]
     assert run.losses[0] == pytest.approx(straight.losses[-1], rel=1e-6)
     assert run.summary["restarts"] == 1 and run.summary["world_size"] == 2
+
+
+def test_a_checkpoint_converts_to_hugging_faces_format(busway, straight):
+    out = busway.folder / "theirs"
+    busway("convert", "to-hf", straight.newest, out)
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert Tokenizer.from_file(str(out / "tokenizer.json")).get_vocab_size() == 300
+    config, model = config_of_json(out / "config.json"), compose_recipe(str(busway.recipe), []).recipe.model
+    assert config == replace(model, head_dim=model.head_width)
+    ours, theirs = load_file(straight.newest / "model.safetensors"), load_file(out / "model.safetensors")
+    assert huggingface.names(config).keys() == ours.keys()
+    assert {name: value.tobytes() for name, value in theirs.items()} == {
+        name: ours[our_name].tobytes() for our_name, name in huggingface.names(config).items()
+    }
+
+
+def test_a_checkpoints_weights_can_begin_another_run(busway, straight):
+    """At a learning rate too small to move a weight, so that what was read is what is saved again."""
+    overrides = (f"checkpoint.init_from={straight.newest}", "optimizer.lr=1e-30", "train.steps=1", "train.eval_every=1")
+    run = busway.train("fine_tuned", *overrides)
+    assert run.losses[0] < straight.losses[0]  # of the same samples
+    assert run.evaluations[0]["eval_loss"] == straight.evaluations[-1]["eval_loss"]
+    weights = [path / "model.safetensors" for path in (run.newest, straight.newest)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
 def wait_for_rows(busway, name, count, process):
@@ -118,7 +150,8 @@ def test_ctrl_c_stops_a_run_of_one_rank_too(busway):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 75, (out, err)
-    assert "stopped after step" in out and err == ""
+    assert "stopped after step" in out
+    assert err == "stopping after the current step; once more stops at once, without saving\n"
     (saved,) = (busway.out / "interrupted" / "checkpoints").iterdir()
     assert f"stopped after step {checkpoint.load(saved).step}," in out
 
@@ -134,6 +167,22 @@ def test_a_killed_rank_ends_the_run_and_is_named(busway):
     assert err.startswith("busway: rank 1: was killed by signal 9 (SIGKILL)") and len(err.splitlines()) <= 6
     left = [p for p in psutil.process_iter(["cmdline"]) if str(run.resolve()) in (p.info["cmdline"] or [])]
     assert left == []
+    summary = busway.run("killed").summary
+    assert (summary["status"], summary["exit_code"]) == ("failed", 1)
+    assert summary["steps"] == busway.run("killed").rows[-1]["step"]
+
+
+def test_a_second_signal_ends_a_run_at_once_and_the_summary_says_so(busway):
+    process = busway.start("train", *busway.words("hurried", "train.steps=1000000", "checkpoint.every=1000000"))
+    wait_for_rows(busway, "hurried", 1, process)
+    os.kill(process.pid, signal.SIGSTOP)  # so that both have come when it next looks
+    for number in (signal.SIGINT, signal.SIGTERM):
+        process.send_signal(number)
+    process.send_signal(signal.SIGCONT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err.endswith("stopped at once; what was not saved is lost\n")
+    summary = busway.run("hurried").summary
+    assert (summary["status"], summary["exit_code"]) == ("stopped_at_once", 130)
 
 
 def test_a_loss_that_is_not_finite_stops_both_ranks_and_spares_the_last_good_checkpoint(busway):
@@ -145,7 +194,7 @@ def test_a_loss_that_is_not_finite_stops_both_ranks_and_spares_the_last_good_che
     )
     assert "smaller optimizer.lr" in run.stderr
     assert run.lines[-1]["step"] == step and run.lines[-1]["event"] == "not_finite"
-    assert (run.summary["status"], run.summary["exit_code"], run.summary["steps"]) == ("not_finite", 16, step)
+    assert (run.summary["status"], run.summary["exit_code"], run.summary["steps"]) == ("not_finite", 16, step - 1)
     assert checkpoint.load(run.newest).step == step - 1
     assert [x for x, _ in run.curves()["loss"]] == [row["step"] for row in run.rows]
     assert f"step {step}  not finite" in run.stdout
@@ -208,8 +257,9 @@ def test_a_folder_without_a_recipe_is_no_run(busway, straight):
 
 
 def save(folder, step, keep=2):
+    model = ModelConfig(layers=1, hidden=2, ffn=2, heads=1, kv_heads=1, vocab=2)
     tensors = {"weights": lambda: {"w": np.full(3, step, np.float32)}}
-    return checkpoint.save(folder, tensors, {"step": step, "samples": 0, "callbacks": {}}, keep)
+    return checkpoint.save(folder, model, tensors, {"step": step, "samples": 0, "callbacks": {}}, keep)
 
 
 def test_going_back_to_a_step_removes_the_checkpoints_past_it(tmp_path):
@@ -221,7 +271,7 @@ def test_going_back_to_a_step_removes_the_checkpoints_past_it(tmp_path):
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(tmp_path):
-    (save(tmp_path, 1) / "weights.safetensors").write_bytes(b"")
+    (save(tmp_path, 1) / "model.safetensors").write_bytes(b"")
     said = []
     with pytest.raises(InputError, match="holds no whole checkpoint; name one with checkpoint.resume=PATH"):
         checkpoint.newest(tmp_path, said.append)
@@ -237,7 +287,7 @@ def test_a_folder_that_was_not_finished_is_no_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["missing", "shorter", "changed"])
-@pytest.mark.parametrize("name", ["weights.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "model.yaml", "state.json", "manifest.json"])
 def test_any_damage_is_found_and_named(tmp_path, name, damage):
     save(tmp_path, 1)
     path = save(tmp_path, 2)

@@ -160,6 +160,33 @@ def test_the_console_shows_a_banner_and_a_line_a_step(run):
     assert rest.splitlines()[-1] == "done after step 8; results are in runs/two"
 
 
+def test_the_saved_recipe_starts_a_run_of_its_own(run, busway, tmp_path):
+    """Whatever name it had, however it was resumed and launched: those are no part of what is trained."""
+    once = ("train.name=mine", "checkpoint.resume=auto", "launcher.kind=none", f"train.out={tmp_path}")
+    mine, _ = run_directory.create(compose_recipe(str(run.path / "recipe.yaml"), list(once)).recipe, "unused")
+    again = compose_recipe(str(mine.recipe), [])
+    path, new = run_directory.create(again.recipe, again.name)
+    assert (mine.path.name, path.path.name, new) == ("mine", "mine-1", True)
+    assert again.recipe.launcher.kind == "auto"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_reader_that_has_seen_enough_does_not_end_the_run(busway, ranks):
+    process = busway.start("train", *busway.words(f"unread-{ranks}", f"layout.dp={ranks}"))
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=120) == 0
+    assert process.stderr.read() == ""
+    assert busway.run(f"unread-{ranks}").summary["steps"] == 6
+
+
+def test_an_error_of_rank_0_ends_every_rank_of_the_users_own_mpiexec(busway, run):
+    mpiexec = str(Path(sys.executable).with_name("mpiexec"))
+    refused = busway.train("two", "launcher.kind=none", code=2, above=(mpiexec, "-n", "2"))
+    (line,) = (line for line in refused.stderr.splitlines() if line.startswith("busway: "))
+    assert "exists already; set checkpoint.resume=auto" in line
+
+
 def test_ranks_of_the_users_own_mpiexec_give_the_same_run(busway, run):
     """Neither dp nor ranks given: the world comes from the launcher. Gradients add up over two micro-batches."""
     mpiexec = str(Path(sys.executable).with_name("mpiexec"))
@@ -173,8 +200,8 @@ def test_ranks_of_the_users_own_mpiexec_give_the_same_run(busway, run):
 
 @pytest.fixture(scope="module")
 def precisions(busway):
-    """(precision, kernels) -> run, all in one process."""
-    common = ("layout.micro_batch=4", "train.steps=3", "optimizer.lr=1e-3")
+    """(precision, kernels) -> run; without a launcher all run in one process, which imports MindSpore once."""
+    common = ("launcher.kind=none", "layout.micro_batch=4", "train.steps=3", "optimizer.lr=1e-3")
     runs = busway.sweep("precision", *common, "train.precision=fp32,fp64,bf16")
     (plain,) = busway.sweep("plain", *common, "train.kernels=plain")
     return dict(zip(("fp32", "fp64", "bf16", "plain"), [*runs, plain], strict=True))
@@ -227,8 +254,8 @@ def test_a_run_starts_from_converted_weights_and_from_hugging_faces_own(busway, 
     busway("convert", "from-hf", FIXTURES / "llama", ours)
     data = [f"data.sources=[{{path: {prefix}}}]", "data.tokenizer=null", f"data.seq_len={length}", "data.holdout=0"]
     runs = busway.sweep(
-        "init", *model_keys(ours), *data, "train.steps=1", "train.global_batch=1", "layout.micro_batch=1",
-        f"checkpoint.init_from=null,{ours},{FIXTURES / 'llama'}",
+        "init", *model_keys(ours), *data, "launcher.kind=none", "train.steps=1", "train.global_batch=1",
+        "layout.micro_batch=1", f"checkpoint.init_from=null,{ours},{FIXTURES / 'llama'}",
     )  # fmt: skip
     at_random, converted, theirs = (run.losses[0] for run in runs)
     assert converted == theirs == pytest.approx(loss, rel=1e-5)
@@ -269,13 +296,13 @@ def test_runs_that_start_at_once_share_no_directory(small_recipe, tmp_path):
     assert sorted(runs) == sorted(tmp_path / f"small-{number}" for number in range(1, 17))
 
 
-def test_other_ranks_wait_until_rank_0_has_made_the_directory_for_this_recipe(small_recipe, tmp_path):
+def test_other_nodes_wait_until_the_first_has_made_the_directory_for_this_recipe(small_recipe, tmp_path):
     def recipe(*overrides):
         return compose_recipe(str(small_recipe), [f"train.out={tmp_path}", "train.name=shared", *overrides]).recipe
 
     first, second = recipe("launcher.node_rank=0"), recipe("launcher.node_rank=1")
     run = run_directory.named(second)
-    with pytest.raises(MachineError, match=f"rank 0 has not made {run.path}.*folder that all nodes share"):
+    with pytest.raises(MachineError, match=f"node 0 has not made {run.path}.*folder that all nodes share"):
         run.wait_for(second, seconds=0)
     waiting = threading.Thread(target=run.wait_for, args=(second, 60))
     waiting.start()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -15,6 +17,19 @@ from trainer.metrics import Row
 if TYPE_CHECKING:
     from trainer.loop import Loop
     from trainer.step import Outcome
+
+
+class Terminal(RichConsole):
+    """rich's console, for which a reader that has gone (`busway train | head`) is no reason to end the run."""
+
+    def on_broken_pipe(self) -> None:
+        """The rest goes nowhere."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def terminal() -> RichConsole:
+    """The console of this process, which prints text as it is."""
+    return Terminal(soft_wrap=True, highlight=False, markup=False)
 
 
 class Console(Callback):
@@ -46,7 +61,7 @@ class Console(Callback):
 
     def on_row(self, loop: Loop, row: Row) -> None:
         """One line."""
-        self.say(line(row, loop.last_step))
+        self.say(line(row, loop.last_step, loop.meter.median_step_s))
 
     def on_evaluation(self, loop: Loop, row: Row) -> None:
         """One line."""
@@ -70,14 +85,14 @@ class Console(Callback):
             self.progress.stop()
 
     def say(self, text: str) -> None:
-        """One line, as it is."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        """One line."""
+        self.console.print(text)
 
 
-def line(row: Row, last_step: int) -> str:
-    """A row for people."""
+def line(row: Row, last_step: int, step_s: float) -> str:
+    """A row for people; `step_s` is the step that the estimate of the time left goes by."""
     mfu = "-" if row[metrics.MFU] is None else f"{row[metrics.MFU]:.1%}"
-    eta = timedelta(seconds=round(row[metrics.STEP_S] * (last_step - row[metrics.STEP])))
+    eta = timedelta(seconds=round(step_s * (last_step - row[metrics.STEP])))
     return (
         f"step {row[metrics.STEP]:>{len(str(last_step))}}/{last_step}  loss {row[metrics.LOSS]:.4f}  "
         f"grad norm {row[metrics.GRAD_NORM]:.3f}  lr {row[metrics.LR]:.2e}  "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -14,6 +13,7 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from trainer import metrics
 from trainer.callbacks.base import Callback
+from trainer.files import RUNS, write_text
 from trainer.machine import writing_to
 from trainer.metrics import Row
 
@@ -52,19 +52,9 @@ class MetricsFile(Callback):
 
 def drop_rows_after(path: Path, step: int) -> None:
     """Rewrite `path` without the rows past `step` and without what a kill cut short."""
-    if not path.exists():
-        return
-    kept = []
-    for text in path.read_text().splitlines():
-        try:
-            row = json.loads(text)
-        except ValueError:
-            continue
-        if row[metrics.STEP] <= step:
-            kept.append(text + "\n")
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text("".join(kept))
-    os.replace(unfinished, path)
+    kept = [json.dumps(row) + "\n" for row in metrics.read_rows(path) if row[metrics.STEP] <= step]
+    if path.exists():
+        write_text(path, "".join(kept), RUNS)
 
 
 class TensorBoard(Callback):

@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from models.config import FLOPS_CONVENTION
 from parallel.traffic import maximum
+from trainer import metrics
 from trainer.callbacks.base import Callback
-from trainer.errors import EXIT_DONE, EXIT_NOT_FINITE, EXIT_STOPPED
-from trainer.machine import writing_to
+from trainer.errors import EXIT_DONE, EXIT_NOT_FINITE, EXIT_STOPPED, EXIT_STOPPED_AT_ONCE
+from trainer.files import RUNS, write_text
+from trainer.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from trainer.loop import Loop
     from trainer.step import Outcome
 
+MEASURED = ("final_loss", "eval_loss", "tokens_per_s", "first_step_s", "step_s", "mfu", "memory_gib", "traffic")
 VERSIONS = ("busway", "mindspore", "numpy", "mpi4py", "mpich")
 EXIT_CODES = {"done": EXIT_DONE, "stopped": EXIT_STOPPED, "not_finite": EXIT_NOT_FINITE}
 
@@ -38,6 +41,10 @@ class Summary(Callback):
     def load_state(self, state: dict[str, Any]) -> None:
         """One more restart than the checkpoint knew of."""
         self.restarts = state["restarts"] + 1
+
+    def on_start(self, loop: Loop) -> None:
+        """A run that is killed leaves no file that speaks of an earlier start."""
+        self._write(loop)
 
     def before_step(self, loop: Loop) -> None:
         """The account of the first step: every step moves the same."""
@@ -62,11 +69,10 @@ class Summary(Callback):
         if loop.collectives.rank != 0:
             return
         content = self.content(loop)
-        if content["first_step_s"] is None and loop.run.summary.is_file():
-            # Resumed after its last step: there is nothing to measure, and what was measured stands.
-            content = json.loads(loop.run.summary.read_text()) | {k: content[k] for k in ("status", "exit_code")}
-        with writing_to(loop.run.summary):
-            loop.run.summary.write_text(json.dumps(content, indent=1) + "\n")
+        if content["first_step_s"] is None:
+            # No step is done since the start: what an earlier start has measured stands.
+            content |= {key: value for key, value in _read(loop.run).items() if key in MEASURED}
+        _save(loop.run, content)
 
     def content(self, loop: Loop) -> dict[str, Any]:
         """The keys of summary.json."""
@@ -75,11 +81,11 @@ class Summary(Callback):
         speed = meter.tokens_per_step / step_s if step_s else None
         return {
             "status": loop.status,
-            "exit_code": EXIT_CODES[loop.status],
+            "exit_code": EXIT_CODES.get(loop.status),
             "steps": loop.step,
             "final_loss": meter.last_loss,
             "eval_loss": meter.eval_loss,
-            "tokens": loop.loader.consumed * meter.seq_len,
+            "tokens": loop.step * meter.tokens_per_step,
             "tokens_per_s": speed,
             "first_step_s": meter.first_step_s,
             "step_s": step_s,
@@ -97,6 +103,27 @@ class Summary(Callback):
             "restarts": self.restarts,
             "versions": {name: _version(name) for name in VERSIONS},
         }
+
+
+def note_failure(run: RunDirectory, code: int) -> None:
+    """Say in summary.json how a run ended that could not say so itself, and how far metrics.jsonl shows it came."""
+    if code in EXIT_CODES.values():
+        return
+    status = "stopped_at_once" if code == EXIT_STOPPED_AT_ONCE else "failed"
+    content = _read(run) | {"status": status, "exit_code": code}
+    rows = [row for row in metrics.read_rows(run.metrics) if metrics.TOKENS in row]
+    if rows:
+        step, loss, tokens = (rows[-1][key] for key in (metrics.STEP, metrics.LOSS, metrics.TOKENS))
+        content |= {"steps": step, "final_loss": loss, "tokens": tokens}
+    _save(run, content)
+
+
+def _read(run: RunDirectory) -> dict[str, Any]:
+    return json.loads(run.summary.read_text()) if run.summary.is_file() else {}
+
+
+def _save(run: RunDirectory, content: dict[str, Any]) -> None:
+    write_text(run.summary, json.dumps(content, indent=1) + "\n", RUNS)
 
 
 def _version(name: str) -> str | None:

@@ -1,8 +1,8 @@
 """Starts the ranks of a run, or finds the world that this process already is a part of. No MindSpore here.
 
 `busway train` asks `choose` how a run starts. Under `none` its own process is a rank (`world_from_environment`);
-otherwise `compose` checks the machine and `supervise` runs the launcher: mpiexec or msrun, a keeper for each rank
-(`keeper`), and the rank itself, which uses `rank.start`.
+otherwise `compose` checks the machine and `supervise` runs the launcher (mpiexec or msrun, none for a rank alone), a
+keeper for each rank (`keeper`), and the rank itself, which uses `rank.start`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from models.checks import ConfigError, check
 from trainer.launch.cluster import resolve
 from trainer.launch.command import (
     check_master_port,
+    kept,
     launched_environment,
     local_ranks,
     mpi_command,
@@ -34,14 +35,17 @@ __all__ = [
     "rank_environment",
     "resolve",
     "supervise",
+    "worker_command",
     "world_from_environment",
 ]
 
 
 def choose(settings: LauncherSettings, ranks: int, device: str, environ: Mapping[str, str] = os.environ) -> str:
-    """`mpi`, `msrun` or `none` for a run of `ranks` on `device` (`CPU` or `Ascend`).
+    """`mpi`, `msrun`, `alone` or `none` for a run of `ranks` on `device` (`CPU` or `Ascend`).
 
-    Raises `ConfigError` where the kind does not fit the device, or a launcher above gives another number of ranks.
+    `alone` is one rank without a launcher, in a process of its own all the same: only a parent can answer a signal at
+    once, and say how a rank ended that was killed. Raises `ConfigError` where the kind does not fit the device, or a
+    launcher above gives another number of ranks.
     """
     size = world_from_environment(environ)[1]
     own = "msrun" if device == "Ascend" else "mpi"
@@ -54,7 +58,7 @@ def choose(settings: LauncherSettings, ranks: int, device: str, environ: Mapping
         )
         return own
     if size == ranks:
-        return "none"
+        return "alone" if settings.kind == "auto" and ranks == 1 else "none"
     if settings.kind == "auto" and (size == 1 or (own == "msrun" and _one_task_a_node(environ))):
         return own
     if size == 1:
@@ -79,8 +83,8 @@ def compose(
     ranks: int,
     run_directory: Path,
     device: str,
-    environ: Mapping[str, str] = os.environ,
-    worker: Sequence[str] | None = None,
+    environ: Mapping[str, str],
+    worker: Sequence[str],
 ) -> Launch:
     """The command and environment for this node's share of `ranks`; `worker` is one rank's command.
 
@@ -88,11 +92,12 @@ def compose(
     launcher is missing or its port is taken.
     """
     run_directory = Path(run_directory).absolute()
-    worker = worker or worker_command(run_directory)
     cores = len(os.sched_getaffinity(0))
     kind = choose(settings, ranks, device, environ)
     if kind == "none":
         raise ValueError("nothing to launch: this process is a rank itself")
+    if kind == "alone":
+        return Launch(kept(worker), launched_environment(environ, cores, device), run_directory, range(1))
     if kind == "mpi":
         check(
             (settings.nodes or 1) == 1,

@@ -28,9 +28,12 @@ FOREIGN_NAMES = ("MS_ROLE", "MS_NODE_ID", "MS_WORKER_NUM", "MS_SCHED_HOST", "MS_
 PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
 
 
-def worker_command(run_directory: Path) -> list[str]:
-    """One rank. `-P` keeps a folder `models/` in the working directory from shadowing the package."""
-    return [sys.executable, "-P", "-m", "trainer.worker", str(run_directory)]
+def worker_command(run_directory: Path, resume: str) -> list[str]:
+    """One rank, which starts as `checkpoint.resume` says.
+
+    `-P` keeps a folder `models/` in the working directory from shadowing the package.
+    """
+    return [sys.executable, "-P", "-m", "trainer.worker", str(Path(run_directory).absolute()), resume]
 
 
 def mpi_command(ranks: int, worker: Sequence[str]) -> list[str]:
@@ -40,7 +43,7 @@ def mpi_command(ranks: int, worker: Sequence[str]) -> list[str]:
     `-localhost` from resolving a host name that a laptop may not resolve.
     """
     options = ["-launcher", "fork", "-rmk", "user", "-localhost", "127.0.0.1"]
-    return [_program("mpiexec", "pip install mpich"), *options, "-n", str(ranks), *_kept(worker)]
+    return [_program("mpiexec", "pip install mpich"), *options, "-n", str(ranks), *kept(worker)]
 
 
 def msrun_command(cluster: Cluster, ranks: int, log_dir: Path, worker: Sequence[str]) -> list[str]:
@@ -60,11 +63,11 @@ def msrun_command(cluster: Cluster, ranks: int, log_dir: Path, worker: Sequence[
         "--join=True",
         f"--cluster_time_out={CLUSTER_TIMEOUT}",
         python,
-        *_kept(worker)[1:],
+        *kept(worker)[1:],
     ]
 
 
-def _kept(worker: Sequence[str]) -> list[str]:
+def kept(worker: Sequence[str]) -> list[str]:
     """A rank under its keeper, which says how it ended whatever launcher stands above."""
     return [sys.executable, "-P", "-m", "trainer.launch.keeper", *worker]
 

@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,12 +21,13 @@ from trainer.errors import EXIT_DONE, EXIT_STOPPED, EXIT_STOPPED_AT_ONCE, EXIT_U
 from trainer.launch.failure import claim, failure_file, failure_of, rank_log, record, tell
 from trainer.launch.world import (
     LAUNCH_VARIABLE,
-    STOP_SIGNALS,
     console_pipe,
     exit_file,
+    heed,
     pid_file,
     world_from_environment,
 )
+from trainer.machine import writing_to
 
 ABORT_SECONDS = 5.0
 """How long `MPI_Abort` may take before a failed rank leaves without it."""
@@ -36,7 +37,7 @@ STDOUT, STDERR = 1, 2
 
 
 class StopSignal:
-    """SIGTERM or SIGINT asks for an end after the current step: `requested` turns true.
+    """SIGTERM, SIGINT or SIGHUP asks for an end after the current step: `requested` turns true.
 
     With `insist`, a second signal ends the process at once with 130. A launched rank has `insist` off: one request may
     reach it several times (from busway, from Slurm), and the launching process does the killing.
@@ -45,7 +46,7 @@ class StopSignal:
     def __init__(self, insist: bool) -> None:
         self.requested = False
         self._insist = insist
-        self._before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+        self._before = heed(self._handle)
 
     def _handle(self, number: int, frame: object) -> None:
         if self.requested and self._insist:
@@ -190,7 +191,7 @@ def _flush() -> None:
 
 
 class World(Protocol):
-    """What `shared_path_check` needs of the ranks' means of communication: small Python objects, every rank calls."""
+    """What is needed here of the ranks' means of communication: small Python objects, every rank calls."""
 
     rank: int
     size: int
@@ -202,18 +203,31 @@ class World(Protocol):
         """Every rank's value, in the order of ranks."""
 
 
-def shared_path_check(path: Path, world: World) -> None:
-    """Check that all ranks see the directory `path` of rank 0; every rank raises the same `MachineError` if not."""
-    name, problem = f".busway-{uuid.uuid4().hex}", None
+def from_rank_0(world: World, attempt: Callable[[], Any]) -> Any:
+    """What `attempt` gives on rank 0, or its error, on every rank."""
+    value: Any = None
     if world.rank == 0:
         try:
-            (path / name).touch()
-        except OSError as error:
-            problem = f"{path} cannot be written by rank 0: {error.strerror}; name a directory that can"
+            value = attempt()
+        except Exception as error:
+            value = error
+    value = world.broadcast(value)
+    if isinstance(value, Exception):
+        raise value
+    return value
+
+
+def shared_path_check(path: Path, world: World) -> None:
+    """Check that all ranks see the directory `path` of rank 0; every rank raises the same `MachineError` if not."""
+
+    def leave_a_file() -> tuple[str, str]:
+        file = path / f".busway-{uuid.uuid4().hex}"
+        with writing_to(path):
+            file.touch()
+        return file.name, str(path)
+
     # Rank 0's spelling goes along for the message; each rank looks under its own.
-    name, problem, shown = world.broadcast((name, problem, str(path)))
-    if problem:
-        raise MachineError(problem)
+    name, shown = from_rank_0(world, leave_a_file)
     blind = [rank for rank, seen in enumerate(world.all_gather(_appears(path / name))) if not seen]
     if world.rank == 0:
         (path / name).unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import shutil
@@ -18,7 +19,7 @@ from typing import BinaryIO
 
 from trainer.errors import EXIT_DONE, EXIT_MACHINE, EXIT_STOPPED, EXIT_STOPPED_AT_ONCE, MachineError
 from trainer.launch.failure import Failure, failure_file, read, tell
-from trainer.launch.world import LAUNCH_VARIABLE, RUN_VARIABLE, STOP_SIGNALS, console_pipe, exit_file, pid_file
+from trainer.launch.world import LAUNCH_VARIABLE, RUN_VARIABLE, console_pipe, exit_file, heed, pid_file
 from trainer.machine import die_with_parent
 
 FAILURE_SECONDS = 1.0
@@ -27,6 +28,7 @@ FINISH_SECONDS = 60.0
 """After the last rank has announced its end: time for MindSpore, MPI and the launcher to close down."""
 POLL_SECONDS = 0.1
 SHOW_CURSOR = b"\x1b[?25h"
+ERASE_LINE = "\r\x1b[K"
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,9 @@ class Launch:
 def supervise(launch: Launch, console: int = 1) -> int:
     """Run `launch` to its end and return the exit code, after telling stderr why, if it failed.
 
-    Rank 0's stdout goes to the descriptor `console` byte by byte. SIGINT and SIGTERM reach every rank once, which then
-    stop after their step; a second one kills everything (130). Must be called from the main thread. Raises
-    `MachineError` where the launcher cannot be started.
+    Rank 0's stdout goes to the descriptor `console` byte by byte. SIGINT, SIGTERM and, unless it is ignored (nohup),
+    SIGHUP reach every rank once, which then stop after their step; a second one kills everything (130). Must be called
+    from the main thread. Raises `MachineError` where the launcher cannot be started.
     """
     with _machine_errors():
         folder = Path(tempfile.mkdtemp(prefix="busway-"))
@@ -89,7 +91,7 @@ class _Supervisor:
         self.stale = _identity(self.shared)
 
     def run(self) -> int:
-        before = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
+        before = heed(self._on_signal)
         try:
             with self._started() as launcher:
                 self._watch(launcher)
@@ -148,9 +150,7 @@ class _Supervisor:
         """Pass on what rank 0 has printed, waiting up to `seconds` for it; False if there was nothing."""
         ready, _, _ = select.select([self.pipe], [], [], seconds)
         if ready:
-            # A reader that has gone (`busway train | head`) is no reason to lose the run.
-            with contextlib.suppress(BrokenPipeError):
-                _write(self.console, os.read(self.pipe, 65536))
+            _write(self.console, os.read(self.pipe, 65536))
         return bool(ready)
 
     def _forward_stop(self) -> None:
@@ -249,9 +249,16 @@ def _terminal(descriptor: int) -> dict[str, str]:
 
 
 def _write(descriptor: int, data: bytes) -> None:
-    while data:
-        data = data[os.write(descriptor, data) :]
+    """A reader or a terminal that has gone (`busway train | head`, a closed window) is no reason to lose the run."""
+    try:
+        while data:
+            data = data[os.write(descriptor, data) :]
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            raise
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    """On stderr; on a terminal over the progress bar and what the key that stops the run has left there."""
+    erase = ERASE_LINE if os.isatty(sys.stderr.fileno()) else ""
+    _write(sys.stderr.fileno(), f"{erase}{text}\n".encode())

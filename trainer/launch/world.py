@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 from models.checks import ConfigError
 
@@ -30,8 +32,19 @@ LOCAL_SIZE_VARIABLES = (
     "SLURM_NTASKS_PER_NODE",
 )
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-"""Ask for an end after the current step."""
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Ask for an end after the current step; a terminal that closes sends the last."""
+
+
+def heed(handler: Callable[[int, FrameType | None], None]) -> dict[signal.Signals, Any]:
+    """Have `handler` called for the signals that ask for an end; what was there before, by signal.
+
+    Where a hang-up is ignored already (nohup), it stays so.
+    """
+    nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return {
+        number: signal.signal(number, handler) for number in STOP_SIGNALS if not (nohup and number == signal.SIGHUP)
+    }
 
 
 def world_from_environment(environ: Mapping[str, str]) -> tuple[int, int]:
