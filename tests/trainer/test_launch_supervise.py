@@ -100,7 +100,7 @@ sys.exit(supervise(compose(LauncherSettings(), len(plan.split(",")), run, "CPU",
 class Run:
     """`busway train`'s part of a launch, as a process of its own."""
 
-    def __init__(self, folder: Path, plan: str, **streams):
+    def __init__(self, folder: Path, plan: str, nohup: bool = False, **streams):
         self.directory = folder / "run"
         (self.directory / "logs").mkdir(parents=True, exist_ok=True)
         (folder / "worker.py").write_text(WORKER)
@@ -109,6 +109,8 @@ class Run:
         self.process = subprocess.Popen(
             [sys.executable, "-P", folder / "parent.py", self.directory, folder / "worker.py", plan],
             env=environ,
+            # What the tests themselves stand under (nohup) is not what is tested.
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL),
             **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams},
         )
         self.out = self.err = ""
@@ -240,6 +242,16 @@ def test_one_signal_lets_every_rank_end_its_step_and_save(tmp_path, plan, number
     assert run.end() == 75
     assert all((run.directory / f"saved-{rank}").exists() for rank in ranks)
     assert run.err == "stopping after the current step; once more stops at once, without saving\n"
+
+
+def test_under_nohup_a_terminal_that_closes_stops_nothing(tmp_path):
+    run = Run(tmp_path, "step=0.1", nohup=True)
+    run.wait_for("step-0")
+    run.process.send_signal(signal.SIGHUP)
+    time.sleep(0.3)
+    assert not (run.directory / "saved-0").exists()
+    run.process.send_signal(signal.SIGTERM)
+    assert run.end() == 75
 
 
 def test_a_signal_before_the_ranks_are_ready_is_kept_for_them(tmp_path):
