@@ -16,6 +16,8 @@ from models.weights import Weight, weights_of
 class HeadNorm(Segment):
     """RMSNorm over each head's queries and keys (Qwen3)."""
 
+    saves, keeps = 1, 2
+
     def __init__(self, weights: list[Weight], config: ModelConfig, kernels: Kernels) -> None:
         super().__init__(weights)
         self.kernel = kernels.HeadNorm(config.heads, config.kv_heads, config.norm_eps)
@@ -32,6 +34,8 @@ class HeadNorm(Segment):
 
 class SelfAttention(Segment):
     """Packed qkv [T, (heads + 2 kv_heads) head_dim] to the heads' outputs [T, heads head_dim]."""
+
+    saves = 3
 
     def __init__(self, config: ModelConfig, kernels: Kernels) -> None:
         super().__init__()

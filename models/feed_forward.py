@@ -12,6 +12,8 @@ from models.weights import weights_of
 class SwiGLU(Segment):
     """silu(gate) * up over the packed pair [T, 2 ffn]."""
 
+    saves = 1
+
     def __init__(self, kernels: Kernels) -> None:
         super().__init__()
         self.kernel = kernels.SwiGLU()

@@ -43,6 +43,8 @@ class Rounding(nn.Cell):
 class Linear(Segment):
     """y_TO = x_TI w_OI^T (+ b_O). The backward's halves are one matmul each."""
 
+    saves, keeps = 1, 2
+
     def __init__(self, weights: list[Weight], rounding: str) -> None:
         super().__init__(weights)
         self.rounding = Rounding(rounding)
@@ -76,6 +78,8 @@ class Linear(Segment):
 class Norm(Segment):
     """RMSNorm over the hidden dim."""
 
+    saves, keeps = 1, 1
+
     def __init__(self, weights: list[Weight], eps: float, kernels: Kernels) -> None:
         super().__init__(weights)
         self.kernel = kernels.RMSNorm(eps)
@@ -92,6 +96,8 @@ class Norm(Segment):
 
 class Embedding(Segment):
     """Token ids to rows of the table. Its input gradient is dy itself, as ids have none."""
+
+    keeps = 1
 
     def __init__(self, weights: list[Weight], kernels: Kernels) -> None:
         super().__init__(weights)

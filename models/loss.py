@@ -15,6 +15,8 @@ class CrossEntropySum(Segment):
     A sum and not a mean, so that micro-batches and ranks add up; the trainer divides by the global count.
     """
 
+    saves = 2
+
     def __init__(self, kernels: Kernels) -> None:
         super().__init__()
         self.kernel = kernels.CrossEntropy()

@@ -3,7 +3,8 @@
 There is no autodiff. A segment gives `y, saved = forward(x, weights, context)` and later, in the same graph or in
 another, `dx, gradients = backward(dy, saved, weights, context)`. The backward comes in two halves so that a
 pipeline may run the weight gradients later: `dx, kept = backward_input(...)`, `gradients = backward_weight(kept)`.
-Segments nest: a `Chain` of segments is a segment, a `Residual` is a chain with a skip connection.
+Segments nest: a `Chain` of segments is a segment, a `Residual` is a chain with a skip connection. `saved` and `kept`
+are flat tuples of tensors whatever the nesting, so that they may leave a graph and come back into another.
 
 `weights` is a tuple in the order of `segment.weights`; `context` is what all segments of a step share:
 (tokens_T, labels_T, first_key_T, cos_SR, sin_SR), at the places that the constants below name. The methods run
@@ -15,6 +16,7 @@ Shape suffixes: T tokens (batch x sequence), S sequence, H hidden, R half of a h
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 from mindspore import nn
 
@@ -26,6 +28,11 @@ TOKENS, LABELS, FIRST_KEY, COS, SIN = range(5)
 
 class Segment(nn.Cell):
     """One step of the model. Subclasses define `forward`, `backward_input` and `backward_weight`."""
+
+    saves = 0
+    """Tensors that `forward` saves."""
+    keeps = 0
+    """Tensors that `backward_input` keeps."""
 
     def __init__(self, weights: Sequence[Weight] = ()) -> None:
         super().__init__(auto_prefix=False)
@@ -55,35 +62,38 @@ class Chain(Segment):
     def __init__(self, segments: Sequence[Segment]) -> None:
         super().__init__([weight for segment in segments for weight in segment.weights])
         self.segments = nn.CellList(segments, auto_prefix=False)
-        ends = [0]
-        for segment in segments:
-            ends.append(ends[-1] + len(segment.weights))
-        self.spans = tuple(zip(ends[:-1], ends[1:], strict=True))
+        self.saves = sum(segment.saves for segment in segments)
+        self.keeps = sum(segment.keeps for segment in segments)
+        self.weight_spans = _spans([len(segment.weights) for segment in segments])
+        self.saved_spans = _spans([segment.saves for segment in segments])
+        self.kept_spans = _spans([segment.keeps for segment in segments])
 
     def forward(self, x, weights, context):
-        """Every segment's forward in turn; `saved` holds one entry a segment."""
+        """Every segment's forward in turn."""
         saved = ()
         for i, segment in enumerate(self.segments):
-            start, stop = self.spans[i]
+            start, stop = self.weight_spans[i]
             x, segment_saved = segment.forward(x, weights[start:stop], context)
-            saved = saved + (segment_saved,)
+            saved = saved + segment_saved
         return x, saved
 
     def backward_input(self, dy, saved, weights, context):
-        """Every segment's input gradient, last first; `kept` holds one entry a segment."""
+        """Every segment's input gradient, last first."""
         kept = ()
-        for j in range(len(self.spans)):
-            i = len(self.spans) - 1 - j
-            start, stop = self.spans[i]
-            dy, segment_kept = self.segments[i].backward_input(dy, saved[i], weights[start:stop], context)
-            kept = (segment_kept,) + kept
+        for j in range(len(self.segments)):
+            i = len(self.segments) - 1 - j
+            start, stop = self.weight_spans[i]
+            first, last = self.saved_spans[i]
+            dy, segment_kept = self.segments[i].backward_input(dy, saved[first:last], weights[start:stop], context)
+            kept = segment_kept + kept
         return dy, kept
 
     def backward_weight(self, kept):
         """Every segment's weight gradients."""
         gradients = ()
         for i, segment in enumerate(self.segments):
-            gradients = gradients + segment.backward_weight(kept[i])
+            start, stop = self.kept_spans[i]
+            gradients = gradients + segment.backward_weight(kept[start:stop])
         return gradients
 
 
@@ -99,3 +109,9 @@ class Residual(Chain):
         """The chain's input gradient added to dy."""
         dx, kept = super().backward_input(dy, saved, weights, context)
         return dy + dx, kept
+
+
+def _spans(lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """(start, stop) of each of several runs of a flat tuple."""
+    ends = [0, *accumulate(lengths)]
+    return tuple(zip(ends[:-1], ends[1:], strict=True))

@@ -8,6 +8,7 @@ This module imports no MindSpore.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -20,11 +21,43 @@ BLOCK_ROWS = 256
 
 
 @dataclass(frozen=True)
+class Part:
+    """A parameter, or the region of it that is held here."""
+
+    spec: ParameterSpec
+    region: tuple[tuple[int, int], ...]
+    """(start, stop) along each dim of the parameter's global shape."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the region."""
+        return tuple(stop - start for start, stop in self.region)
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """The region as an index."""
+        return tuple(slice(*span) for span in self.region)
+
+    def cut(self, dim: int, index: int, count: int) -> Part:
+        """Piece `index` of `count` equal ones along `dim`. Raises ValueError where they are not equal."""
+        start, stop = self.region[dim]
+        size, rest = divmod(stop - start, count)
+        if rest:
+            raise ValueError(f"{self.spec.name}: {stop - start} along dim {dim} is no multiple of {count}")
+        span = (start + index * size, start + (index + 1) * size)
+        return Part(self.spec, (*self.region[:dim], span, *self.region[dim + 1 :]))
+
+
+Reader = Callable[[Part], np.ndarray]
+"""Gives a part's values."""
+
+
+@dataclass(frozen=True)
 class Weight:
     """One tensor of the graph; `parts` are stacked along dim 0."""
 
     name: str
-    parts: tuple[ParameterSpec, ...]
+    parts: tuple[Part, ...]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -32,33 +65,38 @@ class Weight:
         return (sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:])
 
     @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
     def decays(self) -> bool:
         """Whether weight decay applies."""
-        return self.parts[0].decays
+        return self.parts[0].spec.decays
 
-    def stack(self, read: Callable[[ParameterSpec], np.ndarray]) -> np.ndarray:
-        """The weight's value, from a function that gives each parameter's."""
+    def stack(self, read: Reader) -> np.ndarray:
+        """The weight's value, from each part's."""
         values = [read(part) for part in self.parts]
         return values[0] if len(values) == 1 else np.concatenate(values)
 
-    def split(self, value: np.ndarray) -> Iterable[tuple[str, np.ndarray]]:
-        """(parameter name, its rows of `value`), the inverse of `stack`."""
+    def split(self, value: np.ndarray) -> Iterable[tuple[Part, np.ndarray]]:
+        """(part, its rows of `value`), the inverse of `stack`."""
         row = 0
         for part in self.parts:
-            yield part.name, value[row : row + part.shape[0]]
+            yield part, value[row : row + part.shape[0]]
             row += part.shape[0]
 
 
 def weights_of(specs: Iterable[ParameterSpec], *stacks: tuple[str, tuple[str, ...]]) -> list[Weight]:
     """Weights of `specs` in their order; each of `stacks` is (name, endings of the parameters that it joins)."""
-    weights: dict[str, list[ParameterSpec]] = {}
+    weights: dict[str, list[Part]] = {}
     for spec in specs:
         name = spec.name
         for stack, endings in stacks:
             for ending in endings:
                 if spec.name.endswith(ending):
                     name = spec.name.removesuffix(ending) + stack
-        weights.setdefault(name, []).append(spec)
+        weights.setdefault(name, []).append(Part(spec, tuple((0, size) for size in spec.shape)))
     return [Weight(name, tuple(parts)) for name, parts in weights.items()]
 
 
@@ -84,11 +122,16 @@ def draw(spec: ParameterSpec, seed: int, std: float, rows: slice = slice(None)) 
     return value
 
 
-def initial_reader(seed: int, std: float) -> Callable[[ParameterSpec], np.ndarray]:
-    """A function for `Weight.stack` that draws initial values."""
-    return lambda spec: draw(spec, seed, std)
+def initial_reader(seed: int, std: float) -> Reader:
+    """Draws initial values."""
+
+    def read(part: Part) -> np.ndarray:
+        rows, *columns = part.slices
+        return draw(part.spec, seed, std, rows)[(slice(None), *columns)]
+
+    return read
 
 
-def mapping_reader(values: Mapping[str, np.ndarray]) -> Callable[[ParameterSpec], np.ndarray]:
-    """A function for `Weight.stack` that looks parameters up by name."""
-    return lambda spec: values[spec.name]
+def mapping_reader(values: Mapping[str, np.ndarray]) -> Reader:
+    """Looks parameters up by name."""
+    return lambda part: values[part.spec.name][part.slices]

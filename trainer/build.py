@@ -9,14 +9,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 import mindspore as ms
-import numpy as np
 import yaml
 from rich.console import Console as RichConsole
 
 from models import kernels
-from models.config import FLOPS_CONVENTION, ParameterSpec
+from models.config import FLOPS_CONVENTION
 from models.decoder import Decoder
-from models.weights import initial_reader
+from models.weights import Reader, initial_reader
 from parallel import collectives as coll
 from parallel.apply import parallelize
 from parallel.collectives import Collectives, World
@@ -101,14 +100,13 @@ def _resumed(recipe: Recipe, run: RunDirectory, world: World, say: Callable[[str
 
 
 @contextmanager
-def _start(recipe: Recipe, resumed: Checkpoint | None) -> Iterator[Callable[[ParameterSpec], np.ndarray]]:
+def _start(recipe: Recipe, resumed: Checkpoint | None) -> Iterator[Reader]:
     """Where the weights come from: a checkpoint, a folder of weights, or the generator."""
     if resumed:
         with resumed.reader("weights") as read:
             yield read
     elif recipe.checkpoint.init_from:
-        weights = read_weights(recipe.checkpoint.init_from)
-        yield lambda spec: weights.read(spec.name)
+        yield read_weights(recipe.checkpoint.init_from).read
     else:
         yield initial_reader(recipe.train.seed, recipe.model.init_std)
 

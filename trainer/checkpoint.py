@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
-from models.config import ModelConfig, ParameterSpec
+from models.config import ModelConfig
+from models.weights import Part, Reader
 from trainer.errors import InputError
 from trainer.files import RUNS, flush, sha256_of, write_text
 from trainer.machine import writing_to
@@ -48,24 +49,25 @@ class Checkpoint:
         return self.state["step"]
 
     @contextmanager
-    def reader(self, kind: str) -> Iterator[Callable[[ParameterSpec], np.ndarray]]:
-        """A function for `Weight.stack` that reads `kind` (weights, first, second), one parameter at a time.
+    def reader(self, kind: str) -> Iterator[Reader]:
+        """Reads `kind` (weights, first, second), one part of a parameter at a time.
 
         Raises `InputError` where a parameter is missing or has another shape.
         """
         with safe_open(self.path / _file(kind), framework="numpy") as file:
             names = set(file.keys())
 
-            def read(spec: ParameterSpec) -> np.ndarray:
-                if spec.name not in names:
-                    raise InputError(f"{self.path} has no {spec.name}; resume with the model that wrote it")
-                value = file.get_tensor(spec.name)
-                if value.shape != spec.shape:
+            def read(part: Part) -> np.ndarray:
+                name, shape = part.spec.name, list(part.spec.shape)
+                if name not in names:
+                    raise InputError(f"{self.path} has no {name}; resume with the model that wrote it")
+                stored = file.get_slice(name)
+                if stored.get_shape() != shape:
                     raise InputError(
-                        f"{self.path}: {spec.name} is {list(value.shape)}, but the model's is {list(spec.shape)}; "
+                        f"{self.path}: {name} is {stored.get_shape()}, but the model's is {shape}; "
                         "resume with the model that wrote it"
                     )
-                return value
+                return stored[part.slices]
 
             yield read
 

@@ -8,7 +8,7 @@ the end, as the count is not known before every rank has seen its tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mindspore as ms
@@ -16,10 +16,10 @@ import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from models.attention import rotary_tables
-from models.config import ModelConfig, ParameterSpec
+from models.config import ModelConfig
 from models.decoder import Decoder
 from models.kernels import Kernels
-from models.weights import Weight
+from models.weights import Reader, Weight
 from parallel.data import DataParallel
 from trainer.data.loader import Batch
 from trainer.settings import OptimizerSettings
@@ -42,7 +42,7 @@ class Outcome:
 class Weights:
     """A model's weights and the two moments of each, as MindSpore Parameters in the order of `specs`."""
 
-    def __init__(self, specs: Sequence[Weight], read: Callable[[ParameterSpec], np.ndarray], dtype: type) -> None:
+    def __init__(self, specs: Sequence[Weight], read: Reader, dtype: type) -> None:
         self.specs = tuple(specs)
         self.values = ParameterTuple(
             [Parameter(Tensor(np.ascontiguousarray(w.stack(read), dtype)), name=w.name) for w in specs]
@@ -50,7 +50,7 @@ class Weights:
         self.first = self.values.clone(prefix="first", init="zeros")
         self.second = self.values.clone(prefix="second", init="zeros")
 
-    def load(self, kind: str, read: Callable[[ParameterSpec], np.ndarray], dtype: type) -> None:
+    def load(self, kind: str, read: Reader, dtype: type) -> None:
         """Set every tensor of `kind` (a key of `kinds`) from a parameter reader."""
         for spec, parameter in zip(self.specs, self.kinds()[kind], strict=True):
             parameter.set_data(Tensor(np.ascontiguousarray(spec.stack(read), dtype)))

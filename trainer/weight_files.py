@@ -27,6 +27,7 @@ from yaml import YAMLError
 from models import huggingface
 from models.checks import ConfigError
 from models.config import ModelConfig
+from models.weights import Part
 from trainer.errors import InputError
 from trainer.files import flush
 
@@ -49,14 +50,13 @@ class Tensor:
     data: np.ndarray
     """Its bytes, a view of the memory-mapped file."""
 
-    def read(self) -> np.ndarray:
-        """A copy in float32, or in float64 where the file has that."""
+    def read(self, region: tuple[slice, ...]) -> np.ndarray:
+        """A copy of a region in float32, or in float64 where the file has that."""
+        kind = "uint16" if self.dtype == "BF16" else _DTYPES[self.dtype]
+        stored = self.data.view(np.dtype(kind).newbyteorder("<")).reshape(self.shape)[region]
         if self.dtype == "BF16":
-            values = (self.data.view("<u2").astype(np.uint32) << 16).view(np.float32)
-        else:
-            stored = self.data.view(np.dtype(_DTYPES[self.dtype]).newbyteorder("<"))
-            values = stored.astype(np.promote_types(stored.dtype, np.float32))
-        return values.reshape(self.shape)
+            return (stored.astype(np.uint32) << 16).view(np.float32)
+        return stored.astype(np.promote_types(stored.dtype, np.float32))
 
 
 class Weights:
@@ -66,9 +66,9 @@ class Weights:
         self.config = config
         self.tensors = tensors
 
-    def read(self, name: str) -> np.ndarray:
-        """The whole parameter in its global shape, as `Tensor.read` gives it."""
-        return self.tensors[name].read()
+    def read(self, part: Part) -> np.ndarray:
+        """A part of a parameter, as `Tensor.read` gives it."""
+        return self.tensors[part.spec.name].read(part.slices)
 
 
 def read_weights(directory: Path | str) -> Weights:

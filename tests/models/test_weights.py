@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from models.config import ModelConfig, ParameterSpec
-from models.weights import BLOCK_ROWS, Weight, draw, initial_reader
+from models.weights import BLOCK_ROWS, draw, initial_reader, mapping_reader, weights_of
+
+MATRIX = ParameterSpec("a", (1024, 8), "normal")
 
 
 @pytest.mark.parametrize("rows", [(0, 10), (5, 300), (250, 262), (255, 256), (256, 512), (700, 700), (0, 777)])
@@ -32,10 +34,22 @@ def test_norms_start_at_one_and_biases_at_zero():
 
 
 def test_a_weight_stacks_and_splits_its_parameters():
-    parts = tuple(ParameterSpec(f"{n}.weight", (rows, 4), "normal") for n, rows in (("q", 6), ("k", 2), ("v", 2)))
-    weight = Weight("qkv.weight", parts)
+    specs = [ParameterSpec(f"{n}.weight", (rows, 4), "normal") for n, rows in (("q", 6), ("k", 2), ("v", 2))]
+    (weight,) = weights_of(specs, ("qkv.weight", ("q.weight", "k.weight", "v.weight")))
     value = weight.stack(initial_reader(3, 0.02))
-    assert value.shape == weight.shape == (10, 4)
-    for part, (name, rows) in zip(parts, weight.split(value), strict=True):
-        assert name == part.name
-        np.testing.assert_array_equal(rows, draw(part, 3, 0.02))
+    assert weight.name == "qkv.weight" and value.shape == weight.shape == (10, 4)
+    for spec, (part, rows) in zip(specs, weight.split(value), strict=True):
+        assert part.spec == spec
+        np.testing.assert_array_equal(rows, draw(spec, 3, 0.02))
+
+
+@pytest.mark.parametrize("read", [initial_reader(3, 0.02), mapping_reader({"a": draw(MATRIX, 3, 0.02)})])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_the_pieces_of_a_parameter_are_read_apart(read, dim):
+    (weight,) = weights_of([MATRIX])
+    pieces = [weight.parts[0].cut(dim, index, 4) for index in range(4)]
+    np.testing.assert_array_equal(np.concatenate([read(piece) for piece in pieces], dim), draw(MATRIX, 3, 0.02))
+    half = pieces[1].cut(1 - dim, 1, 2)
+    np.testing.assert_array_equal(read(half), draw(MATRIX, 3, 0.02)[half.slices])
+    with pytest.raises(ValueError, match=f"a: .* along dim {dim} is no multiple of 7"):
+        weight.parts[0].cut(dim, 0, 7)

@@ -169,14 +169,14 @@ def test_reading_gives_the_same_values_from_both_formats(family, tmp_path):
         weights = read_weights(directory)
         assert list(weights.tensors) == [spec.name for spec in weights.config.parameters()]
         for ours, name in huggingface.names(weights.config).items():
-            np.testing.assert_array_equal(weights.read(ours), theirs[name])
+            np.testing.assert_array_equal(weights.tensors[ours].read(()), theirs[name])
 
 
 def test_bfloat16_is_widened_exactly():
     weights = read_weights(FIXTURES / "qwen2")
     name = "layers.1.attention.k_proj.weight"
     dtype, shape, data = raw_tensors(FIXTURES / "qwen2")["model.layers.1.self_attn.k_proj.weight"]
-    value = weights.read(name)
+    value = weights.tensors[name].read(())
     assert dtype == "BF16" and value.dtype == np.float32 and list(value.shape) == shape
     high = np.frombuffer(data, "<u2").reshape(shape)
     np.testing.assert_array_equal(value.view(np.uint32), high.astype(np.uint32) << 16)
@@ -185,7 +185,7 @@ def test_bfloat16_is_widened_exactly():
 def test_float16_is_widened(llama):
     halves = {name: value.astype(np.float16) for name, value in load_file(llama / "model.safetensors").items()}
     save_file(halves, llama / "model.safetensors")
-    value = read_weights(llama).read("norm.weight")
+    value = read_weights(llama).tensors["norm.weight"].read(())
     np.testing.assert_array_equal(value, halves["model.norm.weight"].astype(np.float32))
 
 
@@ -194,7 +194,7 @@ def test_float64_stays_float64(llama, tmp_path):
     doubles = {name: value.astype(np.float64) + 1e-12 for name, value in tensors.items()}
     save_file(doubles, llama / "model.safetensors")
     run("from-hf", llama, tmp_path / "ours")
-    value = read_weights(tmp_path / "ours").read("norm.weight")
+    value = read_weights(tmp_path / "ours").tensors["norm.weight"].read(())
     assert value.dtype == np.float64
     np.testing.assert_array_equal(value, doubles["model.norm.weight"])
 

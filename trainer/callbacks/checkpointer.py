@@ -52,9 +52,9 @@ class Checkpointer(Callback):
 def _values(weights: Weights, kind: str) -> dict[str, np.ndarray]:
     """Parameter name -> value of one kind, read from the device when it is asked for."""
     return {
-        name: value
-        for spec, parameter in zip(weights.specs, weights.kinds()[kind], strict=True)
-        for name, value in spec.split(parameter.asnumpy())
+        part.spec.name: value
+        for weight, parameter in zip(weights.specs, weights.kinds()[kind], strict=True)
+        for part, value in weight.split(parameter.asnumpy())
     }
 
 
