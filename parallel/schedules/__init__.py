@@ -1,0 +1,36 @@
+"""Pipeline schedules as data: made by name, proved by a checker, priced by a simulator, drawn as text.
+
+A schedule is the order of actions on each rank. The engine executes it, the simulator prices it, and what is sent
+follows from it: nothing else knows how a pipeline runs. No MindSpore here.
+"""
+
+from __future__ import annotations
+
+from parallel.schedules.check import RECEIVE, SEND, check_schedule, messages, peaks
+from parallel.schedules.draw import draw
+from parallel.schedules.generate import NAMES, make
+from parallel.schedules.schedule import BACKWARD, FORWARD, INPUT, WEIGHT, Action, Message, Schedule
+from parallel.schedules.simulate import Formula, Timeline, Times, bubble_formula, simulate
+
+__all__ = [
+    "BACKWARD",
+    "FORWARD",
+    "INPUT",
+    "NAMES",
+    "RECEIVE",
+    "SEND",
+    "WEIGHT",
+    "Action",
+    "Formula",
+    "Message",
+    "Schedule",
+    "Timeline",
+    "Times",
+    "bubble_formula",
+    "check_schedule",
+    "draw",
+    "make",
+    "messages",
+    "peaks",
+    "simulate",
+]
