@@ -15,8 +15,20 @@ from mindspore import nn
 
 from models.checks import check_choice
 from models.kernels import ascend, native, plain
+from models.kernels.plain import EMPTY_LSE as EMPTY_LSE
 
-NAMES = ("RMSNorm", "HeadNorm", "Attention", "SwiGLU", "CrossEntropy", "Embedding", "SquareSum", "AdamW")
+NAMES = (
+    "RMSNorm",
+    "HeadNorm",
+    "Rotary",
+    "Attention",
+    "BlockAttention",
+    "SwiGLU",
+    "CrossEntropy",
+    "Embedding",
+    "SquareSum",
+    "AdamW",
+)
 
 KERNELS: dict[str, dict[str, type[nn.Cell]]] = {
     name: {
@@ -45,7 +57,9 @@ class Kernels:
 
     RMSNorm: type[nn.Cell]
     HeadNorm: type[nn.Cell]
+    Rotary: type[nn.Cell]
     Attention: type[nn.Cell]
+    BlockAttention: type[nn.Cell]
     SwiGLU: type[nn.Cell]
     CrossEntropy: type[nn.Cell]
     Embedding: type[nn.Cell]

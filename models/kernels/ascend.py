@@ -36,6 +36,11 @@ def missing(name: str, precision: str) -> str:
     return f"this MindSpore has no {', '.join(absent)}" if absent else ""
 
 
+def _eight(lse):
+    """[B, heads, S] -> [B, heads, S, 8]: the operators keep eight copies of each row's number."""
+    return ops.broadcast_to(lse.reshape(lse.shape + (1,)), lse.shape + (8,))
+
+
 class RMSNorm(nn.Cell):
     """`RmsNorm(epsilon)(x, gamma) -> (y, rstd)`, `RmsNormGrad()(dy, x, rstd, gamma) -> (dx, dgamma float32)`.
 
@@ -71,18 +76,41 @@ class HeadNorm(plain.HeadNorm):
         self.norm = RMSNorm(eps)
 
 
-class Attention(nn.Cell):
-    """`RotaryPositionEmbedding()(x, cos, sin, mode)` with mode 0 (rotate_half), x [B, S, heads, D], cos [1, S, 1, D];
-    `FlashAttentionScore(...)(query, key, value, real_shift, drop_mask, padding_mask, attn_mask, ...) -> (softmax_max,
-    softmax_sum, softmax_out, attention_out)` and `FlashAttentionScoreGrad(...)(query, key, value, dy, pse_shift,
-    drop_mask, padding_mask, atten_mask, softmax_max, softmax_sum, softmax_in, attention_in, ...) -> (dq, dk, dv, dpse)`
-    in layout BSND.
+class Rotary(nn.Cell):
+    """`RotaryPositionEmbedding()(x, cos, sin, mode)` with mode 0 (rotate_half), x [B, S, heads, D], cos [1, S, 1, D].
+    It runs in fp32: bf16 keeps too few digits of an angle.
+    """
 
-    Rotary runs in fp32 (bf16 keeps too few digits of an angle), attention in bf16. With documents the mask is whole,
-    one byte a pair of tokens, because first keys are data; next_tokens 0 lets the operator skip what is above the
-    diagonal. Without, sparse mode 2 (causal from the upper left) takes a small mask of fixed size: a whole one of 128k
-    tokens is 16 GiB. The gradient takes exp(s - softmax_max) / softmax_sum, so the saved log-sum-exp serves as a
-    maximum beside a sum of 1.
+    OPERATORS = ("RotaryPositionEmbedding",)
+    PRECISIONS = ("fp32", "bf16")
+
+    def __init__(self, heads: int, kv_heads: int) -> None:
+        super().__init__(auto_prefix=False)
+        self.turned, self.all = heads + kv_heads, heads + 2 * kv_heads
+        self.rotary = auto_generate.RotaryPositionEmbedding()
+
+    def forward(self, qkv, cos, sin):
+        whole = (1, cos.shape[0], 1, 2 * cos.shape[1])
+        cos = ops.cast(ops.concat((cos, cos), 1), mstype.float32).reshape(whole)
+        sin = ops.cast(ops.concat((sin, sin), 1), mstype.float32).reshape(whole)
+        x = qkv.reshape(qkv.shape[0] // whole[1], whole[1], self.all, whole[3])
+        turned = self.rotary(ops.cast(x[:, :, : self.turned], mstype.float32), cos, sin, 0)
+        return ops.concat((ops.cast(turned, qkv.dtype), x[:, :, self.turned :]), 2).reshape(qkv.shape)
+
+    def backward(self, dqkv, cos, sin):
+        return self.forward(dqkv, cos, -sin)
+
+
+class Attention(nn.Cell):
+    """`Rotary` above, then `FlashAttentionScore(...)(query, key, value, real_shift, drop_mask, padding_mask, attn_mask,
+    ...) -> (softmax_max, softmax_sum, softmax_out, attention_out)` and `FlashAttentionScoreGrad(...)(query, key, value,
+    dy, pse_shift, drop_mask, padding_mask, atten_mask, softmax_max, softmax_sum, softmax_in, attention_in, ...) -> (dq,
+    dk, dv, dpse)` in layout BSND and in bf16.
+
+    With documents the mask is whole, one byte a pair of tokens, because first keys are data; next_tokens 0 lets the
+    operator skip what is above the diagonal. Without, sparse mode 2 (causal from the upper left) takes a small mask of
+    fixed size: a whole one of 128k tokens is 16 GiB. The gradient takes exp(s - softmax_max) / softmax_sum, so the
+    saved log-sum-exp serves as a maximum beside a sum of 1.
     """
 
     OPERATORS = ("RotaryPositionEmbedding", "FlashAttentionScore", "FlashAttentionScoreGrad")
@@ -94,7 +122,7 @@ class Attention(nn.Cell):
         self.causal = None if documents else _causal_corner()
         # head_num, keep_prob, scale_value, pre_tokens, next_tokens, inner_precise, input_layout, sparse_mode
         settings = (heads, 1.0, scale, _WHOLE_SEQUENCE, 0, 0, "BSND", 0 if documents else 2)
-        self.rotary = auto_generate.RotaryPositionEmbedding()
+        self.rotary = Rotary(heads, kv_heads)
         self.attend = auto_generate.FlashAttentionScore(*settings)
         self.attend_grad = auto_generate.FlashAttentionScoreGrad(*settings)
 
@@ -106,28 +134,19 @@ class Attention(nn.Cell):
 
     def backward(self, qkv, cos, sin, first_key, o, lse, do):
         q, k, v = self.split(qkv, cos, sin)
-        top = ops.cast(lse, mstype.float32).reshape(q.shape[0], self.heads, q.shape[1], 1)
-        top = ops.broadcast_to(top, top.shape[:3] + (8,))  # the operator keeps eight copies of each row's number
+        top = _eight(ops.cast(lse, mstype.float32).reshape(q.shape[0], self.heads, q.shape[1]))
         hidden = self.hidden(first_key, cos.shape[0])
         dy, y = ops.cast(do, q.dtype).reshape(q.shape), ops.cast(o, q.dtype).reshape(q.shape)
         dq, dk, dv, _ = self.attend_grad(q, k, v, dy, None, None, None, hidden, top, ops.ones_like(top), None, y)
-        dq, dk = self.turn(dq, cos, -sin), self.turn(dk, cos, -sin)
-        dqkv = ops.concat((dq, dk, ops.cast(dv, mstype.float32)), 2)
-        return ops.cast(dqkv, qkv.dtype).reshape(qkv.shape)
+        dqkv = ops.cast(ops.concat((dq, dk, dv), 2), mstype.float32).reshape(qkv.shape)
+        return ops.cast(self.rotary.backward(dqkv, cos, sin), qkv.dtype)
 
     def split(self, qkv, cos, sin):
         """-> q, k turned, v as bf16 [B, S, heads, D]."""
         seq = cos.shape[0]
-        x = qkv.reshape(qkv.shape[0] // seq, seq, self.heads + 2 * self.kv_heads, -1)
-        first_v = self.heads + self.kv_heads
-        q, k = self.turn(x[:, :, : self.heads], cos, sin), self.turn(x[:, :, self.heads : first_v], cos, sin)
-        return ops.cast(q, mstype.bfloat16), ops.cast(k, mstype.bfloat16), ops.cast(x[:, :, first_v:], mstype.bfloat16)
-
-    def turn(self, x, cos, sin):
-        whole = (1, cos.shape[0], 1, 2 * cos.shape[1])
-        cos = ops.cast(ops.concat((cos, cos), 1), mstype.float32).reshape(whole)
-        sin = ops.cast(ops.concat((sin, sin), 1), mstype.float32).reshape(whole)
-        return self.rotary(ops.cast(x, mstype.float32), cos, sin, 0)
+        turned = ops.cast(self.rotary.forward(qkv, cos, sin), mstype.bfloat16)
+        x = turned.reshape(qkv.shape[0] // seq, seq, self.heads + 2 * self.kv_heads, -1)
+        return x[:, :, : self.heads], x[:, :, self.heads : -self.kv_heads], x[:, :, -self.kv_heads :]
 
     def hidden(self, first_key, seq):
         """[B, 1, S, S] uint8, 1 where query t must not see key j; without documents the compressed mask."""
@@ -136,6 +155,66 @@ class Attention(nn.Cell):
         key = ops.arange(0, seq).astype(mstype.int32).reshape(1, 1, seq)
         before = key < first_key.reshape(-1, seq, 1)
         return ops.cast(ops.logical_or(before, key > key.reshape(1, seq, 1)), mstype.uint8).reshape(-1, 1, seq, seq)
+
+
+class BlockAttention(nn.Cell):
+    """`FlashAttentionScore` over one block, as in `Attention`, merged into the blocks before it by their log-sum-exps.
+
+    The mask is whole, one byte a pair of the block's tokens, as ranges are data. What the operators give for a query
+    whose row is masked out whole is not documented, so nothing of it is used: its output is replaced in the forward,
+    and a log-sum-exp far above any score takes its probabilities to 0 in the backward.
+    """
+
+    OPERATORS = ("FlashAttentionScore", "FlashAttentionScoreGrad")
+    PRECISIONS = ("bf16",)
+
+    def __init__(self, heads: int, kv_heads: int, scale: float) -> None:
+        super().__init__(auto_prefix=False)
+        self.heads, self.kv_heads = heads, kv_heads
+        settings = (heads, 1.0, scale, _WHOLE_SEQUENCE, _WHOLE_SEQUENCE, 0, "BSND", 0)
+        self.attend = auto_generate.FlashAttentionScore(*settings)
+        self.attend_grad = auto_generate.FlashAttentionScoreGrad(*settings)
+
+    def forward(self, q, kv, first, last, o, lse):
+        hidden, blind = self.mask(first, last, kv.shape[0])
+        queries, keys, values = self.split(q, kv)
+        top, total, _, o_block = self.attend(queries, keys, values, None, None, None, hidden)
+        lse_block = ops.masked_fill((top + ops.log(total))[..., 0], blind, plain.MASKED)
+        o_block = ops.masked_fill(ops.cast(o_block, mstype.float32), blind.reshape(1, -1, 1, 1), 0.0)
+        before = ops.cast(lse, mstype.float32).reshape(lse_block.shape)
+        top = ops.maximum(before, lse_block)
+        kept, added = ops.exp(before - top), ops.exp(lse_block - top)
+        total = kept + added
+        merged = o_block * self.by_token(added / total)
+        merged = merged + ops.cast(o, mstype.float32).reshape(merged.shape) * self.by_token(kept / total)
+        return ops.cast(merged, o.dtype).reshape(o.shape), ops.cast(top + ops.log(total), lse.dtype).reshape(-1)
+
+    def backward(self, q, kv, first, last, o, lse, do):
+        hidden, blind = self.mask(first, last, kv.shape[0])
+        queries, keys, values = self.split(q, kv)
+        top = ops.cast(lse, mstype.float32).reshape(1, self.heads, -1)
+        top = _eight(ops.masked_fill(top, blind, -plain.MASKED))
+        one = ops.ones_like(top)
+        dy, y = ops.cast(do, queries.dtype).reshape(queries.shape), ops.cast(o, queries.dtype).reshape(queries.shape)
+        dq, dk, dv, _ = self.attend_grad(queries, keys, values, dy, None, None, None, hidden, top, one, None, y)
+        return ops.cast(dq, q.dtype).reshape(q.shape), ops.cast(ops.concat((dk, dv), 2), kv.dtype).reshape(kv.shape)
+
+    def split(self, q, kv):
+        """-> q, k, v as bf16 [1, tokens, heads, D]."""
+        x = ops.cast(kv, mstype.bfloat16).reshape(1, kv.shape[0], 2 * self.kv_heads, -1)
+        q = ops.cast(q, mstype.bfloat16).reshape(1, q.shape[0], self.heads, -1)
+        return q, x[:, :, : self.kv_heads], x[:, :, self.kv_heads :]
+
+    def mask(self, first, last, keys):
+        """-> uint8 [1, 1, T, U], 1 where query t must not see key u; bool [1, 1, T], the queries that see none."""
+        first, last = ops.maximum(first, 0), ops.minimum(last, keys)
+        key = ops.arange(0, keys).astype(mstype.int32).reshape(1, 1, 1, keys)
+        hidden = ops.logical_or(key < first.reshape(1, 1, -1, 1), key >= last.reshape(1, 1, -1, 1))
+        return ops.cast(hidden, mstype.uint8), (first >= last).reshape(1, 1, -1)
+
+    def by_token(self, x):
+        """[1, heads, T] -> [1, T, heads, 1]."""
+        return x.transpose(0, 2, 1).reshape(1, -1, self.heads, 1)
 
 
 class SwiGLU(nn.Cell):
@@ -180,6 +259,8 @@ class AdamW(plain.AdamW):
         rate = ops.cast(lr, dtype).reshape(()) * root2 / correct1
         beta1, beta2, eps = ops.cast(self.beta1, dtype), ops.cast(self.beta2, dtype), ops.cast(self.eps, dtype) * root2
         for i in range(len(gradients)):
+            if 0 in gradients[i].shape:
+                continue
             decay = ops.cast(decays[i], dtype) * correct1 / root2
             g = gradients[i] * ops.cast(factor, dtype)
             updated = self.update(weights[i], first[i], second[i], rate, beta1, beta2, eps, decay, g)

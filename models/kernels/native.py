@@ -96,6 +96,22 @@ class HeadNorm(nn.Cell):
         return self.run_backward(qkv, wq, wk, dy, self.heads, self.eps)
 
 
+class Rotary(nn.Cell):
+    """See `plain.Rotary`."""
+
+    def __init__(self, heads: int, kv_heads: int) -> None:
+        super().__init__(auto_prefix=False)
+        self.heads = Tensor([heads, kv_heads], mstype.int32)
+        self.onward, self.back = _number(1), _number(-1)
+        self.run = _operator("rotary", _first, _first)
+
+    def forward(self, qkv, cos, sin):
+        return self.run(qkv, cos, sin, self.heads, self.onward)
+
+    def backward(self, dqkv, cos, sin):
+        return self.run(dqkv, cos, sin, self.heads, self.back)
+
+
 class Attention(nn.Cell):
     """See `plain.Attention`. Skipping the keys before a document costs nothing here, so `documents` changes nothing."""
 
@@ -115,6 +131,26 @@ class Attention(nn.Cell):
 
     def backward(self, qkv, cos, sin, first_key, o, lse, do):
         return self.run_backward(qkv, cos, sin, first_key, o, lse, do, self.scale)
+
+
+class BlockAttention(nn.Cell):
+    """See `plain.BlockAttention`."""
+
+    def __init__(self, heads: int, kv_heads: int, scale: float) -> None:
+        super().__init__(auto_prefix=False)
+        self.heads, self.scale = Tensor([heads, kv_heads], mstype.int32), _number(scale)
+
+        def outputs(q, kv, first, last, o, lse, *_):
+            return o, lse
+
+        self.run_forward = _operator("block_attention", outputs, _first_twice)
+        self.run_backward = _operator("block_attention_backward", _first_two, _first_two)
+
+    def forward(self, q, kv, first, last, o, lse):
+        return self.run_forward(q, kv, first, last, o, lse, self.heads, self.scale)
+
+    def backward(self, q, kv, first, last, o, lse, do):
+        return self.run_backward(q, kv, first, last, o, lse, do, self.heads, self.scale)
 
 
 class SwiGLU(nn.Cell):

@@ -15,7 +15,12 @@ import math
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
-_MASKED = -1e30  # finite, so that a masked score never makes inf - inf
+EMPTY_LSE = -1e30
+"""The log-sum-exp of a query that has seen no key yet: finite, so that no inf - inf is made, and the same number in
+every dtype."""
+
+MASKED = -1e32
+"""A score that exp takes to 0 beside any log-sum-exp, `EMPTY_LSE` too."""
 
 
 def constant(value: float) -> Tensor:
@@ -83,78 +88,62 @@ class HeadNorm(nn.Cell):
         return x[:, : self.heads], x[:, self.heads : first_v], x[:, first_v:]
 
 
-class Attention(nn.Cell):
-    """Rotary embedding and causal grouped-query attention on packed projections.
-
-    Rotary is Hugging Face's half-split convention (rotate_half): dims i and i + R turn together. Query head h reads
-    key head h // (heads / kv_heads). Token t of a sequence sees keys first_key[t] <= j <= t of its own sequence;
-    0 <= first_key[t] <= t must hold. `documents` False promises that first_key is 0 everywhere.
+class Rotary(nn.Cell):
+    """Rotary embedding of the queries and keys inside packed projections, in Hugging Face's half-split convention
+    (rotate_half): dims i and i + R of a head turn together. Values pass. Row t takes row t % S of the tables.
     """
 
-    def __init__(self, heads: int, kv_heads: int, scale: float, documents: bool = True) -> None:
+    def __init__(self, heads: int, kv_heads: int) -> None:
         super().__init__(auto_prefix=False)
-        self.heads, self.kv_heads, self.documents = heads, kv_heads, documents
-        self.scale, self.masked = constant(scale), constant(_MASKED)
+        self.turned, self.all = heads + kv_heads, heads + 2 * kv_heads
+        self.join_halves, self.join_heads = ops.Concat(-1), ops.Concat(2)
+
+    def forward(self, qkv, cos, sin):
+        """qkv [T, C], cos and sin [S, R] -> [T, C]."""
+        seq, half = cos.shape
+        x = qkv.reshape(qkv.shape[0] // seq, seq, self.all, 2 * half)
+        c, s = cos.reshape(1, seq, 1, half), sin.reshape(1, seq, 1, half)
+        low, high = x[:, :, : self.turned, :half], x[:, :, : self.turned, half:]
+        turned = self.join_halves((low * c - high * s, high * c + low * s))
+        return self.join_heads((turned, x[:, :, self.turned :])).reshape(qkv.shape)
+
+    def backward(self, dqkv, cos, sin):
+        """-> the gradient of the unturned projections [T, C]: a turn by the opposite angles."""
+        return self.forward(dqkv, cos, -sin)
+
+
+class _GroupedAttention(nn.Cell):
+    """Softmax attention of grouped heads: query head h reads key head h // (heads / kv_heads).
+
+    Works on rows: queries [B kv_heads, (heads / kv_heads) S, D] against keys and values [B kv_heads, U, D].
+    """
+
+    def __init__(self, heads: int, kv_heads: int, scale: float) -> None:
+        super().__init__(auto_prefix=False)
+        self.heads, self.kv_heads = heads, kv_heads
+        self.scale, self.masked = constant(scale), constant(MASKED)
         self.scores = ops.BatchMatMul(transpose_b=True)
         self.weigh = ops.BatchMatMul()
         self.weigh_t = ops.BatchMatMul(transpose_a=True)
         self.max = ops.ReduceMax(keep_dims=True)
         self.sum = ops.ReduceSum(keep_dims=True)
-        self.concat = ops.Concat(-1)
-        self.join_heads = ops.Concat(2)
 
-    def forward(self, qkv, cos, sin, first_key):
-        """qkv [T, C], cos and sin [S, R], first_key [T] int32 -> (o [T, heads D], lse [N])."""
-        q, k, v = self.split(qkv, cos, sin)
-        s = self.masked_scores(q, k, first_key)
-        top = self.max(s, -1)
-        p = ops.exp(s - top)
-        total = self.sum(p, -1)
-        o = self.rows_to_tokens(self.weigh(p, v) / total, cos.shape[0])
-        return o, (top + ops.log(total)).reshape(-1)
-
-    def backward(self, qkv, cos, sin, first_key, o, lse, do):
-        """-> dqkv [T, C]. Probabilities come back from the saved lse (Dao 2022, arXiv:2205.14135, section 3.1)."""
-        seq = cos.shape[0]
-        q, k, v = self.split(qkv, cos, sin)
-        s = self.masked_scores(q, k, first_key)
-        p = ops.exp(s - lse.reshape(s.shape[0], s.shape[1], 1))
-        do_rows = self.tokens_to_rows(do, seq)
-        delta = self.sum(do_rows * self.tokens_to_rows(o, seq), -1)
-        ds = p * (self.scores(do_rows, v) - delta) * ops.cast(self.scale, qkv.dtype)
-        dq = self.rotate(self.rows_to_heads(self.weigh(ds, k), seq), cos, -sin)
-        dk = self.rotate(self.rows_to_heads(self.weigh_t(ds, q), seq), cos, -sin)
-        dv = self.rows_to_heads(self.weigh_t(p, do_rows), seq)
-        return self.join_heads((dq, dk, dv)).reshape(qkv.shape)
-
-    def split(self, qkv, cos, sin):
-        """-> q as rows [B kv_heads, groups S, D], rotated k and v [B kv_heads, S, D]."""
-        seq = cos.shape[0]
-        x = qkv.reshape(qkv.shape[0] // seq, seq, self.heads + 2 * self.kv_heads, -1)
-        first_v = self.heads + self.kv_heads
-        q = self.rotate(x[:, :, : self.heads], cos, sin)
-        k = self.rotate(x[:, :, self.heads : first_v], cos, sin)
-        return self.heads_to_rows(q), self.heads_to_rows(k), self.heads_to_rows(x[:, :, first_v:])
-
-    def rotate(self, x, cos, sin):
-        """x [B, S, heads, D] turned by the angles; by the opposite angles with -sin."""
-        half = cos.shape[1]
-        c, s = cos.reshape(1, -1, 1, half), sin.reshape(1, -1, 1, half)
-        low, high = x[..., :half], x[..., half:]
-        return self.concat((low * c - high * s, high * c + low * s))
-
-    def masked_scores(self, q, k, first_key):
-        """-> scaled scores [B kv_heads, groups S, S], what a token must not see far below the rest."""
-        seq = k.shape[1]
-        batch = first_key.shape[0] // seq
-        position = ops.arange(0, seq).astype(mstype.int32)
-        seen = position.reshape(1, 1, seq) <= position.reshape(1, seq, 1)
-        if self.documents:
-            seen = ops.logical_and(seen, position.reshape(1, 1, seq) >= first_key.reshape(batch, seq, 1))
-        seen = ops.broadcast_to(seen.reshape(-1, 1, seq, seq), (batch, self.heads, seq, seq))
-        seen = seen.reshape(k.shape[0], -1, seq)
+    def masked_scores(self, q, k, seen):
+        """Scaled scores, those outside `seen` far below the rest."""
         scores = self.scores(q, k) * ops.cast(self.scale, q.dtype)
         return ops.select(seen, scores, ops.cast(self.masked, q.dtype))
+
+    def gradients(self, q, k, v, p, o, do):
+        """-> dq, dk, dv from probabilities p."""
+        delta = self.sum(do * o, -1)
+        ds = p * (self.scores(do, v) - delta) * ops.cast(self.scale, q.dtype)
+        return self.weigh(ds, k), self.weigh_t(ds, q), self.weigh_t(p, do)
+
+    def seen_by_heads(self, seen, batch):
+        """[B or 1, S, U] -> rows [B kv_heads, (heads / kv_heads) S, U]."""
+        _, seq, keys = seen.shape
+        seen = ops.broadcast_to(seen.reshape(-1, 1, seq, keys), (batch, self.heads, seq, keys))
+        return seen.reshape(batch * self.kv_heads, -1, keys)
 
     def heads_to_rows(self, x):
         """[B, S, heads, D] -> [B kv_heads, (heads / kv_heads) S, D]."""
@@ -170,6 +159,106 @@ class Attention(nn.Cell):
 
     def rows_to_tokens(self, x, seq):
         return self.rows_to_heads(x, seq).reshape(x.shape[0] // self.kv_heads * seq, -1)
+
+
+class Attention(_GroupedAttention):
+    """`Rotary` and causal grouped-query attention on packed projections.
+
+    Query head h reads key head h // (heads / kv_heads). Token t of a sequence sees keys first_key[t] <= j <= t of its
+    own sequence; 0 <= first_key[t] <= t must hold. `documents` False promises that first_key is 0 everywhere.
+    """
+
+    def __init__(self, heads: int, kv_heads: int, scale: float, documents: bool = True) -> None:
+        super().__init__(heads, kv_heads, scale)
+        self.documents = documents
+        self.rotary = Rotary(heads, kv_heads)
+        self.join_heads = ops.Concat(2)
+
+    def forward(self, qkv, cos, sin, first_key):
+        """qkv [T, C], cos and sin [S, R], first_key [T] int32 -> (o [T, heads D], lse [N])."""
+        q, k, v = self.split(qkv, cos, sin)
+        s = self.masked_scores(q, k, self.seen(first_key, cos.shape[0]))
+        top = self.max(s, -1)
+        p = ops.exp(s - top)
+        total = self.sum(p, -1)
+        o = self.rows_to_tokens(self.weigh(p, v) / total, cos.shape[0])
+        return o, (top + ops.log(total)).reshape(-1)
+
+    def backward(self, qkv, cos, sin, first_key, o, lse, do):
+        """-> dqkv [T, C]. Probabilities come back from the saved lse (Dao 2022, arXiv:2205.14135, section 3.1)."""
+        seq = cos.shape[0]
+        q, k, v = self.split(qkv, cos, sin)
+        s = self.masked_scores(q, k, self.seen(first_key, seq))
+        p = ops.exp(s - lse.reshape(s.shape[0], s.shape[1], 1))
+        dq, dk, dv = self.gradients(q, k, v, p, self.tokens_to_rows(o, seq), self.tokens_to_rows(do, seq))
+        parts = (self.rows_to_heads(dq, seq), self.rows_to_heads(dk, seq), self.rows_to_heads(dv, seq))
+        return self.rotary.backward(self.join_heads(parts).reshape(qkv.shape), cos, sin)
+
+    def split(self, qkv, cos, sin):
+        """-> turned q as rows [B kv_heads, groups S, D], turned k and v [B kv_heads, S, D]."""
+        seq = cos.shape[0]
+        x = self.rotary.forward(qkv, cos, sin).reshape(qkv.shape[0] // seq, seq, self.heads + 2 * self.kv_heads, -1)
+        q, k, v = x[:, :, : self.heads], x[:, :, self.heads : -self.kv_heads], x[:, :, -self.kv_heads :]
+        return self.heads_to_rows(q), self.heads_to_rows(k), self.heads_to_rows(v)
+
+    def seen(self, first_key, seq):
+        """-> bool rows [B kv_heads, groups S, S]: which keys each query sees."""
+        batch = first_key.shape[0] // seq
+        position = ops.arange(0, seq).astype(mstype.int32)
+        seen = position.reshape(1, 1, seq) <= position.reshape(1, seq, 1)
+        if self.documents:
+            seen = ops.logical_and(seen, position.reshape(1, 1, seq) >= first_key.reshape(batch, seq, 1))
+        return self.seen_by_heads(seen, batch)
+
+
+class BlockAttention(_GroupedAttention):
+    """Attention of turned queries over one block of turned keys and values, carried on from earlier blocks: a step of
+    ring attention (Liu et al. 2023, arXiv:2310.01889).
+
+    Query t sees rows first[t] <= u < last[t] of the block, none when first >= last; what lies outside [0, U) is not
+    there. Blocks may come in any order. Before the first, o is 0 and lse is `EMPTY_LSE`; a query that no block shows a
+    key keeps both, and its gradients are 0. In the backward o and lse are those after the last block, and the
+    gradients of all blocks add up. lse is head by head, [heads T]: `Attention`'s layout for one sequence.
+    """
+
+    def __init__(self, heads: int, kv_heads: int, scale: float) -> None:
+        super().__init__(heads, kv_heads, scale)
+        self.join = ops.Concat(1)
+
+    def forward(self, q, kv, first, last, o, lse):
+        """q [T, heads D], kv [U, 2 kv_heads D] (keys, then values), first and last [T] int32, o [T, heads D],
+        lse [heads T] -> (o, lse) with this block.
+        """
+        seq, keys = q.shape[0], kv.shape[0]
+        q, k, v = self.split(q, kv)
+        s = self.masked_scores(q, k, self.seen(first, last, keys))
+        before = lse.reshape(s.shape[0], s.shape[1], 1)
+        top = ops.maximum(self.max(s, -1), before)
+        p, kept = ops.exp(s - top), ops.exp(before - top)
+        total = self.sum(p, -1) + kept
+        o = (self.weigh(p, v) + self.tokens_to_rows(o, seq) * kept) / total
+        return self.rows_to_tokens(o, seq), (top + ops.log(total)).reshape(-1)
+
+    def backward(self, q, kv, first, last, o, lse, do):
+        """-> (dq [T, heads D], dkv [U, 2 kv_heads D]) of this block."""
+        seq, keys = q.shape[0], kv.shape[0]
+        q, k, v = self.split(q, kv)
+        s = self.masked_scores(q, k, self.seen(first, last, keys))
+        p = ops.exp(s - lse.reshape(s.shape[0], s.shape[1], 1))
+        dq, dk, dv = self.gradients(q, k, v, p, self.tokens_to_rows(o, seq), self.tokens_to_rows(do, seq))
+        dkv = self.join((self.rows_to_tokens(dk, keys), self.rows_to_tokens(dv, keys)))
+        return self.rows_to_tokens(dq, seq), dkv
+
+    def split(self, q, kv):
+        """-> q, k, v as rows of a batch of 1."""
+        x = kv.reshape(1, kv.shape[0], 2 * self.kv_heads, -1)
+        k, v = x[:, :, : self.kv_heads], x[:, :, self.kv_heads :]
+        return self.tokens_to_rows(q, q.shape[0]), self.heads_to_rows(k), self.heads_to_rows(v)
+
+    def seen(self, first, last, keys):
+        """-> bool rows [kv_heads, groups T, U]."""
+        key = ops.arange(0, keys).astype(mstype.int32).reshape(1, 1, keys)
+        return self.seen_by_heads(ops.logical_and(key >= first.reshape(1, -1, 1), key < last.reshape(1, -1, 1)), 1)
 
 
 class SwiGLU(nn.Cell):
@@ -197,8 +286,10 @@ class SwiGLU(nn.Cell):
 class CrossEntropy(nn.Cell):
     """The two halves of -log softmax(logits)[label]: log-sum-exp and the label's logit.
 
-    A label outside [0, V) is another vocabulary-parallel rank's or an ignored token's: its target is 0 and it takes
-    nothing off the gradient. The loss of a token is lse - target; summing over ranks is the caller's.
+    The logits may be a rank's slice of the vocabulary, labels counted from the slice's first row. A label outside
+    [0, V) is another rank's or an ignored token's (-1): its target is 0 and it takes nothing off the gradient. The loss
+    of a token is lse - target over the whole vocabulary: log-sum-exp of the ranks' lse, the sum of their targets; the
+    backward takes that lse. Both combinations are the caller's.
     """
 
     def __init__(self) -> None:
@@ -222,7 +313,9 @@ class CrossEntropy(nn.Cell):
 
 
 class Embedding(nn.Cell):
-    """Rows of a table. An id outside [0, V) is another rank's: its row is zero and it adds nothing to the gradient."""
+    """Rows of a table, which may be a rank's slice of the vocabulary, ids counted from the slice's first row. An id
+    outside [0, V) is another rank's: its row is zero and it adds nothing to the gradient.
+    """
 
     def __init__(self) -> None:
         super().__init__(auto_prefix=False)
@@ -241,7 +334,9 @@ class Embedding(nn.Cell):
 
 
 class SquareSum(nn.Cell):
-    """The sum of the squares of all elements of all gradients, the square of their global norm."""
+    """The sum of the squares of all elements of all gradients, the square of their global norm. A tensor may be empty,
+    as a rank's slice of a small parameter is.
+    """
 
     def __init__(self) -> None:
         super().__init__(auto_prefix=False)
@@ -249,15 +344,17 @@ class SquareSum(nn.Cell):
 
     def forward(self, gradients):
         """A tuple of tensors -> [1] in their dtype."""
-        total = self.sum(gradients[0] * gradients[0])
-        for gradient in gradients[1:]:
-            total = total + self.sum(gradient * gradient)
-        return total.reshape(1)
+        total = ops.zeros((1,), gradients[0].dtype)
+        for gradient in gradients:
+            if 0 not in gradient.shape:
+                total = total + self.sum(gradient * gradient)
+        return total
 
 
 class AdamW(nn.Cell):
     """One step of AdamW with bias correction and decoupled weight decay (Loshchilov and Hutter 2019,
-    arXiv:1711.05101), in the order of operations of torch.optim.AdamW; weights and moments change in place.
+    arXiv:1711.05101), in the order of operations of torch.optim.AdamW; weights and moments change in place. An
+    empty tensor has nothing to update.
     """
 
     def __init__(self, beta1: float, beta2: float, eps: float) -> None:
@@ -280,6 +377,8 @@ class AdamW(nn.Cell):
         correct1 = -ops.expm1(step * ops.cast(self.log1, dtype))
         root2 = ops.sqrt(-ops.expm1(step * ops.cast(self.log2, dtype)))
         for i in range(len(gradients)):
+            if 0 in gradients[i].shape:
+                continue
             g = gradients[i] * factor
             m = first[i] * beta1 + g * rest1
             v = second[i] * beta2 + g * g * rest2

@@ -8,15 +8,16 @@ tested, and the result must equal the plain kernel's; the operators themselves a
 from __future__ import annotations
 
 import inspect
+from functools import partial
 
 import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import Parameter, Tensor, nn
+from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 from mindspore.ops import auto_generate
 
-from models.kernels import ascend, plain
+from models.kernels import KERNELS, ascend, plain
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
 BATCH, SEQ, HEADS, KV_HEADS, DIM = 2, 9, 4, 2, 16
@@ -55,7 +56,7 @@ class StandIn:
 
 
 def close(a, b, tolerance=1e-5):
-    np.testing.assert_allclose(array(a), array(b), rtol=0, atol=tolerance * np.abs(array(b)).max())
+    np.testing.assert_allclose(array(a), array(b), rtol=0, atol=tolerance * np.abs(array(b)).max(initial=0))
 
 
 def rms_norm(settings, inputs):
@@ -120,10 +121,25 @@ def rotary(_, inputs):
     return tensor(x * cos + np.concatenate([-x[..., half:], x[..., :half]], -1) * sin)
 
 
-def flash_inputs(settings, inputs, mask):
-    """Query, repeated keys and values as [B, N1, S, D], and masked scores; checks what the documentation demands."""
+def test_rotary(monkeypatch, random):
+    turned = StandIn(monkeypatch, "RotaryPositionEmbedding", rotary)
+    qkv, dqkv = (tensor(random((BATCH * SEQ, 8 * DIM))) for _ in range(2))
+    turn = np.outer(np.arange(SEQ), 1 / 10000 ** (np.arange(0, DIM, 2) / DIM))
+    cos, sin = tensor(np.cos(turn)), tensor(np.sin(turn))
+    for dtype, tolerance in (mstype.float32, 1e-5), (mstype.bfloat16, 1e-2):
+        ours, theirs = (room.Rotary(HEADS, KV_HEADS) for room in (ascend, plain))
+        for name, x in ("forward", qkv), ("backward", dqkv):
+            y = getattr(ours, name)(x.astype(dtype), cos, sin)
+            assert y.dtype == dtype
+            close(y, getattr(theirs, name)(x, cos, sin), tolerance)
+    assert len(turned.calls) == 4
+
+
+def flash_inputs(settings, inputs, mask, masked):
+    """Query, repeated keys and values as [B, N1, S, D], and scores, `masked` where hidden; checks what the
+    documentation demands."""
     assert settings["input_layout"] == "BSND" and settings["keep_prob"] == 1.0
-    assert settings["next_tokens"] == 0 and settings["pre_tokens"] >= SEQ
+    assert settings["pre_tokens"] >= SEQ
     for name in ("query", "key", "value"):
         assert inputs[name].dtype == mstype.bfloat16
     q, k, v = (array(inputs[name]).transpose(0, 2, 1, 3) for name in ("query", "key", "value"))
@@ -137,13 +153,13 @@ def flash_inputs(settings, inputs, mask):
         np.testing.assert_array_equal(hidden, np.triu(np.ones((2048, 2048)), 1))
         hidden = np.triu(np.ones((SEQ, SEQ)), 1)
     else:
-        assert settings["sparse_mode"] == 0 and hidden.shape == (BATCH, 1, SEQ, SEQ)
+        assert settings["sparse_mode"] == 0 and hidden.shape == (q.shape[0], 1, q.shape[2], k.shape[2])
     scores = q @ k.transpose(0, 1, 3, 2) * settings["scale_value"]
-    return q, k, v, np.where(hidden == 1, -np.inf, scores)
+    return q, k, v, np.where(hidden == 1, masked, scores)
 
 
-def flash(settings, inputs):
-    q, _, v, scores = flash_inputs(settings, inputs, "attn_mask")
+def flash(settings, inputs, masked=-np.inf):
+    q, _, v, scores = flash_inputs(settings, inputs, "attn_mask", masked)
     top = scores.max(-1, keepdims=True)
     total = np.exp(scores - top).sum(-1, keepdims=True)
     o = np.exp(scores - top) / total @ v
@@ -156,15 +172,15 @@ def flash(settings, inputs):
     )
 
 
-def flash_grad(settings, inputs):
-    q, k, v, scores = flash_inputs(settings, inputs, "atten_mask")
+def flash_grad(settings, inputs, masked=-np.inf):
+    q, k, v, scores = flash_inputs(settings, inputs, "atten_mask", masked)
     top, total = inputs["softmax_max"], inputs["softmax_sum"]
     assert top.dtype == total.dtype == mstype.float32 and top.shape == total.shape == q.shape[:3] + (8,)
     assert inputs["dy"].shape == inputs["attention_in"].shape == inputs["query"].shape
     p = np.exp(scores - array(top)[..., :1]) / array(total)[..., :1]
     dy, y = (array(inputs[name]).transpose(0, 2, 1, 3) for name in ("dy", "attention_in"))
     ds = p * (dy @ v.transpose(0, 1, 3, 2) - (dy * y).sum(-1, keepdims=True)) * settings["scale_value"]
-    shared = (BATCH, KV_HEADS, HEADS // KV_HEADS, SEQ, DIM)
+    shared = (q.shape[0], KV_HEADS, HEADS // KV_HEADS, k.shape[2], DIM)
     dk = (ds.transpose(0, 1, 3, 2) @ q).reshape(shared).sum(2)
     dv = (p.transpose(0, 1, 3, 2) @ dy).reshape(shared).sum(2)
     return *(tensor(g.transpose(0, 2, 1, 3), mstype.bfloat16) for g in (ds @ k, dk, dv)), tensor(0)
@@ -187,17 +203,47 @@ def test_attention_in_bsnd_with_a_whole_mask_for_documents_alone(monkeypatch, ra
     for a, b in zip(*results, strict=True):
         assert a.dtype == mstype.float32
         close(a, b, 2e-2)  # bf16 has 8 bits
-    assert (len(turned.calls), len(forward.calls), len(backward.calls)) == (6, 1, 1)
-    assert forward.calls[0][0] == backward.calls[0][0]
-    assert forward.calls[0][0]["sparse_mode"] == (0 if documents else 2)
+    assert (len(turned.calls), len(forward.calls), len(backward.calls)) == (3, 1, 1)
+    settings = forward.calls[0][0]
+    assert settings == backward.calls[0][0] and settings["next_tokens"] == 0
+    assert settings["sparse_mode"] == (0 if documents else 2)
+
+
+@pytest.mark.parametrize("masked", [-np.inf, -3e38])
+@np.errstate(invalid="ignore")
+def test_block_attention_takes_nothing_from_a_row_that_is_masked_out_whole(monkeypatch, random, masked):
+    """With -inf such a row's softmax is NaN, with a finite number the mean of what is hidden: both may be."""
+    forward = StandIn(monkeypatch, "FlashAttentionScore", partial(flash, masked=masked))
+    backward = StandIn(monkeypatch, "FlashAttentionScoreGrad", partial(flash_grad, masked=masked))
+    queries, keys = 5, 11
+    first = np.array([[0, 3, 9, 4, -2], [2, 2, 0, 0, 5]], np.int32)
+    last = np.array([[11, 4, 3, 4, 20], [7, 2, 12, 0, 6]], np.int32)  # the fourth query sees nothing at all
+    q, do = (tensor(random((queries, HEADS * DIM))) for _ in range(2))
+    kv = [tensor(random((keys, 2 * KV_HEADS * DIM))) for _ in range(2)]
+    results = []
+    for room in (ascend, plain):
+        kernel = room.BlockAttention(HEADS, KV_HEADS, 0.25)
+        o, lse = ops.zeros_like(q), tensor(np.full(HEADS * queries, plain.EMPTY_LSE))
+        blocks = [(q, kv[i], Tensor(first[i]), Tensor(last[i])) for i in range(2)]
+        for block in blocks:
+            o, lse = kernel.forward(*block, o, lse)
+        gradients = [g for block in blocks for g in kernel.backward(*block, o, lse, do)]
+        never = lse == plain.EMPTY_LSE
+        results.append((o, never, lse.masked_fill(never, 0), *gradients))
+    for a, b in zip(*results, strict=True):
+        close(a, b, 2e-2)
+    for settings, _ in forward.calls + backward.calls:
+        assert settings["next_tokens"] >= keys and settings["pre_tokens"] >= queries
 
 
 class Update(nn.Cell):
     def __init__(self, kernel, weights):
         super().__init__()
-        self.kernel, self.decays = kernel, Tensor(np.array([0.1, 0.0], np.float32))
-        self.weights = ms.ParameterTuple([Parameter(Tensor(w), name=f"w{i}") for i, w in enumerate(weights)])
-        self.first, self.second = self.weights.clone("m", "zeros"), self.weights.clone("v", "zeros")
+        self.kernel, self.decays = kernel, Tensor(np.array([0.1, 0.0, 0.1], np.float32))
+        self.weights, self.first, self.second = (
+            ms.ParameterTuple([Parameter(Tensor(w * keep), name=f"{name}{i}") for i, w in enumerate(weights)])
+            for name, keep in (("w", 1), ("m", 0), ("v", 0))
+        )
 
     def construct(self, factor, lr, step, *gradients):
         return self.kernel.forward(self.weights, self.first, self.second, gradients, self.decays, factor, lr, step)
@@ -206,10 +252,11 @@ class Update(nn.Cell):
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.95), (0.9, 0.0)], ids=str)
 def test_adamw_out_of_an_operator_without_bias_correction(random, betas):
     """`AdamWeightDecay` has a CPU form too, so this one runs."""
-    weights = [random((3, 4)).astype(np.float32), random(5).astype(np.float32)]
+    shapes = (3, 4), 5, 0
+    weights = [random(shape).astype(np.float32) for shape in shapes]
     ours, theirs = (Update(room.AdamW(*betas, 1e-8), weights) for room in (ascend, plain))
     for step in range(1, 4):
-        gradients = [tensor(random((3, 4))), tensor(random(5))]
+        gradients = [tensor(random(shape)) for shape in shapes]
         for update in (ours, theirs):
             update(tensor([0.5]), tensor([1e-2]), tensor([step]), *gradients)
     for group, tolerance in ("weights", 1e-6), ("first", 1e-6), ("second", 2e-5):  # it rounds 1 - beta2
@@ -218,6 +265,7 @@ def test_adamw_out_of_an_operator_without_bias_correction(random, betas):
 
 
 def test_the_operators_named_are_in_the_installed_mindspore():
-    kernels = (ascend.RMSNorm, ascend.HeadNorm, ascend.Attention, ascend.SwiGLU, ascend.AdamW)
+    kernels = [rooms["ascend"] for rooms in KERNELS.values() if "ascend" in rooms]
+    assert len(kernels) >= 7
     for operator in {name for kernel in kernels for name in kernel.OPERATORS}:
         assert hasattr(auto_generate, operator), operator

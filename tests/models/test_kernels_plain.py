@@ -60,11 +60,14 @@ class CompareEmbedding(Compare):
         return self.kernel.forward(ids, table), self.kernel.backward(ids, dy, table), automatic
 
 
+def array(x) -> np.ndarray:
+    return x.asnumpy() if isinstance(x, Tensor) else x
+
+
 def same(actual, expected, tolerance=1e-13):
-    actual = actual.asnumpy() if isinstance(actual, Tensor) else actual
-    expected = expected.asnumpy() if isinstance(expected, Tensor) else expected
+    actual, expected = array(actual), array(expected)
     assert actual.shape == expected.shape
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * np.abs(expected).max(initial=0))
 
 
 def rms(x, w, eps=1e-6):
@@ -76,12 +79,17 @@ def angles():
     return np.cos(turn), np.sin(turn)
 
 
+def turned(x, cos, sin, t):
+    """rotate_half as in transformers' modeling_llama.py."""
+    half = np.concatenate([-x[DIM // 2 :], x[: DIM // 2]])
+    return x * np.tile(cos[t], 2) + half * np.tile(sin[t], 2)
+
+
 def attention(qkv, cos, sin, first_key, scale):
-    """One sequence, head and query at a time. rotate_half as in transformers' modeling_llama.py."""
+    """One sequence, head and query at a time."""
 
     def rotate(x, t):
-        half = np.concatenate([-x[DIM // 2 :], x[: DIM // 2]])
-        return x * np.tile(cos[t], 2) + half * np.tile(sin[t], 2)
+        return turned(x, cos, sin, t)
 
     x = qkv.reshape(BATCH, SEQ, HEADS + 2 * KV_HEADS, DIM)
     o, lse = np.zeros((BATCH, SEQ, HEADS, DIM)), np.zeros((BATCH, HEADS, SEQ))
@@ -132,6 +140,61 @@ def test_attention_without_documents_is_attention_with_all_first_keys_0(random):
         same(ours, expected)
 
 
+class CompareRotary(Compare):
+    def construct(self, dy, qkv, cos, sin):
+        automatic = self.gradient(self.forward_alone)(qkv, cos, sin, dy)
+        return self.kernel.forward(qkv, cos, sin), self.kernel.backward(dy, cos, sin), automatic
+
+
+def test_rotary_turns_queries_and_keys_by_their_position_and_passes_values(random):
+    qkv, dy = random((BATCH * SEQ, HEADS + 2 * KV_HEADS, DIM)), random((BATCH * SEQ, (HEADS + 2 * KV_HEADS) * DIM))
+    cos, sin = angles()
+    inputs = map(tensor, (dy, qkv.reshape(BATCH * SEQ, -1), cos, sin))
+    y, ours, automatic = CompareRotary(plain.Rotary(HEADS, KV_HEADS))(*inputs)
+    expected = qkv.copy()
+    for t, h in np.ndindex(BATCH * SEQ, HEADS + KV_HEADS):
+        expected[t, h] = turned(qkv[t, h], cos, sin, t % SEQ)
+    same(y, expected.reshape(y.shape))
+    same(ours, automatic[0])
+
+
+class CompareBlock(Compare):
+    """The backward of a single block, which is the whole gradient."""
+
+    def construct(self, do, q, kv, first, last, o, lse):
+        y = self.kernel.forward(q, kv, first, last, o, lse)
+        automatic = self.gradient(self.forward_alone)(q, kv, first, last, o, lse, do)
+        return y, self.kernel.backward(q, kv, first, last, y[0], y[1], do), automatic
+
+
+def block_attention(q, kv, first, last, scale):
+    """One head and query at a time, over [first, last)."""
+    q, kv = q.reshape(-1, HEADS, DIM), kv.reshape(-1, 2 * KV_HEADS, DIM)
+    o, lse = np.zeros_like(q), np.full((HEADS, len(q)), plain.EMPTY_LSE)
+    for t, h in np.ndindex(len(q), HEADS):
+        if first[t] < last[t]:
+            group, seen = h // (HEADS // KV_HEADS), slice(first[t], last[t])
+            score = np.exp(kv[seen, group] @ q[t, h] * scale)
+            o[t, h], lse[h, t] = score / score.sum() @ kv[seen, KV_HEADS + group], np.log(score.sum())
+    return o.reshape(len(q), -1), lse.reshape(-1)
+
+
+def test_block_attention_sees_its_range_and_a_query_without_one_gives_zeros(random):
+    first, last = np.array([0, 2, 5, 3, 0], np.int32), np.array([9, 4, 5, 1, 1], np.int32)
+    q, kv, do = random((5, HEADS * DIM)), random((9, 2 * KV_HEADS * DIM)), random((5, HEADS * DIM))
+    start = np.zeros_like(q), np.full(HEADS * 5, plain.EMPTY_LSE)
+    kernel = plain.BlockAttention(HEADS, KV_HEADS, 0.3)
+    (o, lse), ours, automatic = CompareBlock(kernel, "first")(*map(tensor, (do, q, kv, first, last, *start)))
+    expected_o, expected_lse = block_attention(q, kv, first, last, 0.3)
+    same(o, expected_o)
+    seen = np.tile(first < last, HEADS)
+    same(lse.asnumpy()[seen], expected_lse[seen])
+    assert (lse.asnumpy()[~seen] == plain.EMPTY_LSE).all()
+    assert not o.asnumpy()[2:4].any() and not ours[0].asnumpy()[2:4].any()
+    for a, b in zip(ours, automatic, strict=False):
+        same(a, b)
+
+
 def test_swiglu_gates_with_the_first_half(random):
     x, dy = random((5, 14)), random((5, 7))
     y, ours, automatic = Compare(plain.SwiGLU())(tensor(dy), tensor(x))
@@ -162,13 +225,14 @@ class Norm(nn.Cell):
         super().__init__()
         self.kernel = plain.SquareSum()
 
-    def construct(self, a, b):
-        return self.kernel.forward((a, b))
+    def construct(self, *gradients):
+        return self.kernel.forward(gradients)
 
 
-def test_square_sum_adds_over_all_tensors(random):
-    a, b = random((3, 4)), random(5)
-    same(Norm()(tensor(a), tensor(b)), np.array([(a * a).sum() + (b * b).sum()]))
+def test_square_sum_adds_over_all_tensors_empty_ones_too(random):
+    a, b, empty = random((3, 4)), random(1), np.zeros(0)
+    same(Norm()(*map(tensor, (empty, a, b))), np.array([(a * a).sum() + (b * b).sum()]))
+    same(Norm()(tensor(empty)), np.zeros(1))
 
 
 class Update(nn.Cell):
@@ -177,8 +241,10 @@ class Update(nn.Cell):
     def __init__(self, kernel, weights, decays):
         super().__init__()
         self.kernel = kernel
-        self.weights = ms.ParameterTuple([Parameter(tensor(w), name=f"w{i}") for i, w in enumerate(weights)])
-        self.first, self.second = self.weights.clone("m", "zeros"), self.weights.clone("v", "zeros")
+        self.weights, self.first, self.second = (
+            ms.ParameterTuple([Parameter(tensor(w * keep), name=f"{name}{i}") for i, w in enumerate(weights)])
+            for name, keep in (("w", 1), ("m", 0), ("v", 0))
+        )
         self.decays = tensor(decays)
 
     def construct(self, factor, lr, step, *gradients):
@@ -198,13 +264,14 @@ def adamw(weights, moments, gradients, decays, lr, t, beta1=0.9, beta2=0.999, ep
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.95), (0.9, 0.0), (0.0, 0.0)], ids=str)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float64, 1e-14), (np.float32, 1e-6)])
 def test_adamw_makes_torch_s_steps(random, dtype, tolerance, betas):
-    weights, decays = [random((3, 4)), random(5)], np.array([0.1, 0.0])
+    shapes = (3, 4), 5, 1, 0  # slices of a rank may be flat, of one element or of none
+    weights, decays = [random(shape) for shape in shapes], np.array([0.1, 0.0, 0.2, 0.1])
     update = Update(plain.AdamW(*betas, 1e-8), [w.astype(dtype) for w in weights], decays.astype(dtype))
-    moments = [(0.0, 0.0), (0.0, 0.0)]
+    moments = [(0.0, 0.0)] * len(shapes)
     for t in range(1, 5):
-        gradients = [random((3, 4)), random(5)]
+        gradients = [random(shape) for shape in shapes]
         numbers = (np.array([x], dtype) for x in (0.5, 1e-2, t))
         update(*map(tensor, numbers), *(tensor(g.astype(dtype)) for g in gradients))
         adamw(weights, moments, [0.5 * g for g in gradients], decays, 1e-2, t, *betas)
-    for ours, expected in zip(update.weights, weights, strict=True):
-        same(ours.asnumpy(), expected, tolerance)
+    ours, expected = (np.concatenate([w.ravel() for w in some]) for some in (map(array, update.weights), weights))
+    same(ours, expected, tolerance)

@@ -53,7 +53,10 @@ def test_ascend_takes_fused_operators_where_precision_and_mindspore_have_them(mo
     chosen = choose("auto", "bf16", "Ascend")
     assert chosen.Attention is ascend.Attention and chosen.CrossEntropy is plain.CrossEntropy
     assert chosen.choices["CrossEntropy"].reason == "no fused operator"
-    assert choose("auto", "fp32", "Ascend").choices["Attention"].reason == "the fused operator takes bf16"
+    assert chosen.BlockAttention is ascend.BlockAttention
+    in_fp32 = choose("auto", "fp32", "Ascend")
+    assert in_fp32.Rotary is ascend.Rotary and in_fp32.BlockAttention is plain.BlockAttention
+    assert in_fp32.choices["Attention"].reason == "the fused operator takes bf16"
     assert {choice.implementation for choice in choose("auto", "fp64", "Ascend").choices.values()} == {"plain"}
     monkeypatch.delattr(ascend.auto_generate, "SwigluGrad")
     assert choose("auto", "bf16", "Ascend").choices["SwiGLU"].reason == "this MindSpore has no SwigluGrad"

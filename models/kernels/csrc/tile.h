@@ -28,25 +28,32 @@ inline __attribute__((always_inline)) void tile(const Real* a, int64_t a_row, in
                                                 int64_t b_row, int64_t steps, Real* c, int64_t c_row) {
   constexpr int lanes = Lanes<Real>::count;
   typename Lanes<Real>::Vector sum[kRows][vectors];
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
     for (int v = 0; v < vectors; ++v)
       sum[r][v] = add ? load(c + r * c_row + v * lanes) : typename Lanes<Real>::Vector{};
   for (int64_t k = 0; k < steps; ++k) {
     typename Lanes<Real>::Vector column[vectors];
+#pragma GCC unroll 2
     for (int v = 0; v < vectors; ++v) column[v] = load(b + k * b_row + v * lanes);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
       for (int v = 0; v < vectors; ++v) sum[r][v] += a[r * a_row + k * a_step] * column[v];
   }
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
     for (int v = 0; v < vectors; ++v) store(sum[r][v], c + r * c_row + v * lanes);
 }
 
+// The products are not inlined: within a larger function the tile's loop runs out of registers for addresses.
+
 // kRows rows of c += a times `steps` rows of b. Rows of b and c hold `columns` rounded up to whole vectors.
 template <class Real>
-inline void multiply_add(const Real* a, int64_t a_row, int64_t a_step, const Real* b, int64_t b_row, int64_t steps,
-                         int64_t columns, Real* c, int64_t c_row) {
+__attribute__((noinline)) void multiply_add(const Real* a, int64_t a_row, int64_t a_step, const Real* b, int64_t b_row,
+                                            int64_t steps, int64_t columns, Real* c, int64_t c_row) {
   constexpr int64_t lanes = Lanes<Real>::count, panel = Lanes<Real>::panel;
   for (int64_t column = 0; column < columns; column += panel) {
     if (columns - column > lanes) {
@@ -60,8 +67,8 @@ inline void multiply_add(const Real* a, int64_t a_row, int64_t a_step, const Rea
 // kRows rows of c = a times columns [from, from + columns) of b, which is stored as panels: `panel` columns, row after
 // row, so that a tile reads one stream. Whole panels of c are written.
 template <class Real>
-inline void multiply_panels(const Real* a, int64_t a_row, const Real* b, int64_t from, int64_t columns, int64_t steps,
-                            Real* c, int64_t c_row) {
+__attribute__((noinline)) void multiply_panels(const Real* a, int64_t a_row, const Real* b, int64_t from,
+                                               int64_t columns, int64_t steps, Real* c, int64_t c_row) {
   constexpr int64_t panel = Lanes<Real>::panel;
   for (int64_t j = 0; j < columns; j += panel)
     tile<Real, 2, false>(a, a_row, 1, b + (from + j) * steps, panel, steps, c + j, c_row);
