@@ -65,13 +65,14 @@ class Traffic:
 
     def add(
         self, mesh: Mesh, rank: int, axes: Axes, collective: str, dtype: str, payload: int, calls: int = 1,
-        peer: int | None = None,
+        peer: int | None = None, ranks: tuple[int, ...] | None = None,
     ) -> None:  # fmt: skip
         """Count `calls` of one primitive over the group of `axes`, `payload` bytes in all, handed in by `rank`.
 
-        ``send`` names the rank that receives as `peer`. A group of one rank moves nothing and has no row.
+        ``send`` names the rank that receives as `peer`; `ranks` are those of a part of the group where it is one. A
+        group of one rank moves nothing and has no row.
         """
-        group = mesh.group(axes, rank)
+        group = ranks or mesh.group(axes, rank)
         if len(group) == 1:
             return
         if collective == "send":

@@ -1,4 +1,4 @@
-"""Collectives: graph primitives over groups of the mesh, and a few helpers for the host.
+"""Collectives: graph primitives over groups of the mesh, channels between neighbours, and helpers for the host.
 
 `connect` chooses the backend once per process; above it nothing asks which one runs:
 
@@ -6,9 +6,10 @@
 - ``mpi``: CPU, MPI operators inside the compiled graph (`parallel.collectives.mpi`);
 - ``hccl``: Ascend, MindSpore's HCCL operators (`parallel.collectives.hccl`).
 
-A primitive is an `nn.Cell` made by a method of `Collectives` for a set of axes. It knows its group, has `forward` and,
-where it has a gradient, `backward`, both for use inside a GRAPH_MODE graph, and its executions are accounted for.
-A primitive over a group of one rank is the identity, without communicator or operator.
+A primitive (`parallel.collectives.primitives`) is made by a method of `Collectives` for a set of axes. It knows its
+group, has `forward` and `backward`, both for use inside a GRAPH_MODE graph, and its executions are accounted for. Over
+a group of one rank it is the identity, without communicator or operator. A channel (`parallel.collectives.channel`)
+is for use between graphs.
 
 Every execution is a side effect to the compiler: equal calls are not merged, unused ones are not removed, and the
 calls of one graph run in the order in which the program writes them, on every rank alike.
@@ -16,152 +17,121 @@ calls of one graph run in the order in which the program writes them, on every r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn, Protocol
+from collections.abc import Iterable
 
 import mindspore
-import numpy as np
-from mindspore import nn, ops
+from mindspore import nn
 
-from parallel.collectives.packing import dtype_of
+from parallel.collectives.channel import Channel
+from parallel.collectives.interface import Backend, Collective, Group, Operator, World
+from parallel.collectives.primitives import Checked, Identity, Primitive, Zeros
 from parallel.mesh import Axes, Mesh
 from parallel.traffic import Traffic
 
-
-@dataclass(frozen=True)
-class Group:
-    """The ranks that take part in a primitive."""
-
-    axes: tuple[str, ...]
-    """As `Mesh.axes` gives them."""
-    ranks: tuple[int, ...]
-    """In ascending order, this process among them."""
-
-
-class Count(NamedTuple):
-    """Executions of one collective over one group since the last reset."""
-
-    group: Group
-    collective: str
-    dtype: str
-    payload: int
-    """Bytes handed to the primitive, over all calls."""
-    calls: int
-    """Messages: one for each execution and dtype."""
-
-
-class World(Protocol):
-    """All ranks, for values of the host. Every method but `abort` is called by all ranks in one order."""
-
-    rank: int
-    size: int
-
-    def broadcast(self, value: Any, root: int = 0) -> Any:
-        """The `value` of rank `root` (anything that can be pickled), on every rank. Other ranks may pass None."""
-
-    def all_gather(self, value: Any) -> list[Any]:
-        """The values of all ranks, by rank."""
-
-    def barrier(self) -> None:
-        """Return when all ranks have called."""
-
-    def reduce_max(self, values: Sequence[float]) -> np.ndarray:
-        """The elementwise maximum over ranks of equally long rows of numbers, float64 [len(values)]."""
-
-    def abort(self, code: int) -> NoReturn:
-        """End every rank at once; the launcher exits with `code`. A world of one rank has no such method."""
-
-
-class Backend(Protocol):
-    """What a backend offers to `Collectives`."""
-
-    world: World
-    note: str
-    """What runs, in a few words for the banner."""
-    dtypes: tuple[str, ...]
-    """What can be sent."""
-
-    def operator(self, collective: str, group: Group) -> nn.Cell:
-        """What runs `collective` over `group` in a graph, made once. ``all_reduce``: a tuple of tensors in, their sums
-        over the group out, one message for each dtype.
-        """
-
-    def counts(self) -> Iterable[Count]:
-        """Executions since the last reset."""
-
-    def reset(self) -> None:
-        """Start counting from zero."""
-
-
-@ops.constexpr
-def _check_dtypes(collective: str, dtypes: tuple, known: tuple) -> None:
-    for dtype in dtypes:
-        if dtype not in known:
-            raise TypeError(f"{collective} takes tensors of {', '.join(map(str, known))}, but one is {dtype}")
-
-
-class AllReduce(nn.Cell):
-    """Sums over a group. Dtypes are those of the backend; shapes are free, empty ones included.
-
-    `backward` is the identity: the sum is used alike on every rank of the group, so each rank holds its whole gradient.
-    """
-
-    def __init__(self, group: Group, backend: Backend) -> None:
-        super().__init__(auto_prefix=False)
-        self.group = group
-        self.alone = len(group.ranks) == 1
-        self.dtypes = () if self.alone else tuple(getattr(mindspore, dtype) for dtype in backend.dtypes)
-        self.map = ops.HyperMap()
-        self.operator = None if self.alone else backend.operator("all_reduce", group)
-
-    def construct(self, tensors: tuple) -> tuple:
-        return self.forward(tensors)
-
-    def forward(self, tensors: tuple) -> tuple:
-        """Each of `tensors` summed over the group. All go through one operator, in one message for each dtype."""
-        if self.alone:
-            return tensors
-        _check_dtypes("all_reduce", self.map(dtype_of, tensors), self.dtypes)
-        return self.operator(tensors)
-
-    def backward(self, gradients: tuple) -> tuple:
-        """The gradients of the inputs."""
-        return gradients
+__all__ = ["Channel", "Collectives", "Group", "Primitive", "World", "connect"]
 
 
 class Collectives:
-    """The collectives of this process over `mesh`. Made by `connect`."""
+    """The collectives of this process over `mesh`, made by `connect`. Where it takes axes, it takes a `subgroup`."""
 
     def __init__(self, mesh: Mesh, backend: Backend) -> None:
         mesh.layout.check_world(backend.world.size)
         self.mesh = mesh
         self.world = backend.world
         self._backend = backend
+        self._operators: dict[Collective, Operator] = {}
+        self._channels: list[Channel] = []
 
     @property
     def rank(self) -> int:
         """This process in the mesh."""
         return self.world.rank
 
-    def group(self, axes: Axes) -> Group:
+    def group(self, axes: Axes | Group) -> Group:
         """The group of `axes` that this process belongs to."""
-        return Group(self.mesh.axes(axes), self.mesh.group(axes, self.rank))
+        if isinstance(axes, Group):
+            return axes
+        ranks = self.mesh.group(axes, self.rank)
+        return Group(self.mesh.axes(axes), ranks, ranks.index(self.rank))
 
-    def AllReduce(self, axes: Axes) -> AllReduce:
-        """A primitive that sums over `axes`. All ranks of its group must make and run it."""
-        return AllReduce(self.group(axes), self._backend)
+    def subgroup(self, axes: Axes, places: Iterable[int]) -> Group:
+        """The ranks at `places` of the group of `axes`, this process among them."""
+        whole, places = self.group(axes), sorted(places)
+        return Group(whole.axes, tuple(whole.ranks[place] for place in places), places.index(whole.place))
+
+    def AllReduce(self, axes: Axes | Group) -> Primitive:
+        """Sums over `axes`."""
+        group = self.group(axes)
+        return Primitive(group, self._over(group, "all_reduce"), Identity(auto_prefix=False))
+
+    def AllGather(self, axes: Axes | Group) -> Primitive:
+        """Puts the parts of the ranks of `axes` together."""
+        group = self.group(axes)
+        return Primitive(group, self._over(group, "all_gather"), self._over(group, "reduce_scatter"))
+
+    def ReduceScatter(self, axes: Axes | Group) -> Primitive:
+        """Sums over `axes` and leaves each rank its part."""
+        group = self.group(axes)
+        return Primitive(group, self._over(group, "reduce_scatter"), self._over(group, "all_gather"))
+
+    def AllToAll(self, axes: Axes | Group) -> Primitive:
+        """Gives part j to rank j of `axes`."""
+        group = self.group(axes)
+        return Primitive(group, self._over(group, "all_to_all"), self._over(group, "all_to_all"))
+
+    def Shift(self, axes: Axes | Group) -> Primitive:
+        """Moves tensors to the next rank on the ring of `axes`. The account calls it ``send``, with the peer."""
+        group = self.group(axes)
+        following, before = ((group.place + step) % len(group.ranks) for step in (1, -1))
+        return Primitive(group, self._over(group, "send", following), self._over(group, "send", before))
+
+    def Broadcast(self, axes: Axes | Group, root: int = 0) -> Primitive:
+        """Gives every rank of `axes` what the one at place `root` has. The others pass tensors of the same shapes."""
+        group = self.group(axes)
+        if not 0 <= root < len(group.ranks):
+            raise ValueError(f"root {root} is outside a group of {len(group.ranks)} ranks")
+        total = self._over(group, "all_reduce")
+        return Primitive(group, self._over(group, "broadcast", root), total if group.place == root else Zeros(total))
+
+    def Channel(self, axes: Axes | Group, name: str) -> Channel:
+        """A channel along `axes`, of at least two ranks. `name` is unlike those of others over these axes."""
+        group = self.group(axes)
+        if len(group.ranks) == 1:
+            raise ValueError(f"channel {name}: a group of one rank has nobody to send to")
+        self._channels.append(Channel(group, self._backend.transport(group, name), name))
+        return self._channels[-1]
+
+    def _over(self, group: Group, name: str, place: int = 0) -> nn.Cell:
+        if len(group.ranks) == 1:
+            return Identity(auto_prefix=False)
+        collective = Collective(name, group, place)
+        if collective not in self._operators:
+            self._operators[collective] = self._backend.operator(collective)
+        return Checked(self._operators[collective], collective, self._backend.dtypes)
 
     def traffic(self) -> Traffic:
-        """What this rank's primitives moved since `reset_traffic`: counted where the operator runs, at every run."""
+        """What this rank moved since `reset_traffic`: counted where the operator runs, at every run."""
         account = Traffic()
-        for group, collective, dtype, payload, calls in self._backend.counts():
-            account.add(self.mesh, self.rank, group.axes, collective, dtype, payload, calls)
+        for collective, operator in self._operators.items():
+            group, name = collective.group, collective.name
+            peer = group.ranks[collective.place] if name == "send" else None
+            for dtype, (payload, calls) in zip(self._backend.dtypes, operator.counts().tolist(), strict=True):
+                if calls:
+                    account.add(self.mesh, self.rank, group.axes, name, dtype, payload, calls, peer, group.ranks)
+        for channel in self._channels:
+            group, counts = channel.group, channel.counts
+            for peer, dtype in sorted({key[:2] for key in counts}):
+                payload, calls = counts[peer, dtype, "payload"], counts[peer, dtype, "calls"]
+                to = group.ranks[peer]
+                account.add(self.mesh, self.rank, group.axes, "send", dtype, payload, calls, to, group.ranks)
         return account
 
     def reset_traffic(self) -> None:
         """Start the account from zero. A whole number of steps later, `traffic` is that many steps' account."""
-        self._backend.reset()
+        for operator in self._operators.values():
+            operator.reset()
+        for channel in self._channels:
+            channel.counts.clear()
 
     def describe(self) -> str:
         """The backend in a few words, for the banner."""

@@ -9,52 +9,58 @@ from __future__ import annotations
 import os
 import pickle
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import mindspore
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
-from parallel.collectives import Count, Group
-from parallel.collectives.packing import Channel, PackedAllReduce, dtype_of, effect, size_of
+from parallel.collectives.interface import Collective, Group, Operator
+from parallel.collectives.packing import Carrier, Packed, dtype_of, effect, size_of
 from parallel.traffic import DTYPE_BYTES
 
 DTYPES = ("float32", "bfloat16", "int32")
 """What HCCL sums and Busway uses; float64 is the CPU reference's alone."""
 
 
-class Gather(nn.Cell):
-    """Equal blocks of all ranks, one after the other: [n] -> [ranks * n]."""
+class Simply(nn.Cell):
+    """A graph of one operator."""
 
     def __init__(self, operator: Any) -> None:
         super().__init__(auto_prefix=False)
         self.operator = operator
 
-    def construct(self, block: Tensor) -> Tensor:
-        return self.operator(block)
+    def construct(self, *inputs: Tensor) -> Tensor:
+        return self.operator(*inputs)
+
+
+class HostGather:
+    """Gathers values of the host, meant to be small, on the device: pickled, and padded to a power of two so that few
+    shapes are compiled.
+    """
+
+    def __init__(self, operator: Any) -> None:
+        self._gather = Simply(operator)
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, in their order."""
+        data = np.frombuffer(pickle.dumps(value), np.int8)
+        lengths = self._gather(Tensor(np.array([data.size], np.int32))).asnumpy()
+        block = np.zeros(1 << int(lengths.max() - 1).bit_length(), np.int8)
+        block[: data.size] = data
+        blocks = self._gather(Tensor(block)).asnumpy().reshape(len(lengths), -1)
+        return [pickle.loads(row[:length].tobytes()) for row, length in zip(blocks, lengths, strict=True)]
 
 
 class HcclWorld:
-    """All ranks of the run. See `parallel.collectives.World`.
-
-    One operator serves every method: pickled values, padded to a power of two so that few shapes are compiled, are
-    gathered on the device. Meant for small values.
-    """
+    """All ranks of the run. See `parallel.collectives.interface.World`."""
 
     def __init__(self, operators: Any, communication: Any) -> None:
         communication.init()
         self.rank = communication.get_rank()
         self.size = communication.get_group_size()
-        self._gather = Gather(operators.AllGather(group=communication.HCCL_WORLD_COMM_GROUP))
-
-    def all_gather(self, value: Any) -> list[Any]:
-        data = np.frombuffer(pickle.dumps(value), np.int8)
-        lengths = self._gather(Tensor(np.array([data.size], np.int32))).asnumpy()
-        block = np.zeros(1 << int(lengths.max() - 1).bit_length(), np.int8)
-        block[: data.size] = data
-        blocks = self._gather(Tensor(block)).asnumpy().reshape(self.size, -1)
-        return [pickle.loads(row[:length].tobytes()) for row, length in zip(blocks, lengths, strict=True)]
+        self.all_gather = HostGather(operators.AllGather(group=communication.HCCL_WORLD_COMM_GROUP)).gather
 
     def broadcast(self, value: Any, root: int = 0) -> Any:
         return self.all_gather(value if self.rank == root else None)[root]
@@ -72,9 +78,32 @@ class HcclWorld:
         os._exit(code)
 
 
+class HcclOperator(nn.Cell):
+    """Packs, runs and counts. It counts on the device: what a run adds is known when the graph is compiled, but how
+    often a graph runs only the device sees.
+    """
+
+    def __init__(self, collective: Collective, carriers: Sequence[Carrier], name: str) -> None:
+        super().__init__(auto_prefix=False)
+        self.packed = Packed(collective, carriers)
+        self.counted = Parameter(Tensor(np.zeros((len(DTYPES), 2), np.int64)), name=name, requires_grad=False)
+        self.add = ops.AssignAdd()
+        self.map = ops.HyperMap()
+
+    def construct(self, tensors: tuple) -> tuple:
+        self.add(self.counted, _counts(self.map(dtype_of, tensors), self.map(size_of, tensors)))
+        return self.packed(tensors)
+
+    def counts(self) -> np.ndarray:
+        return self.counted.asnumpy()
+
+    def reset(self) -> None:
+        self.counted.set_data(Tensor(np.zeros((len(DTYPES), 2), np.int64)))
+
+
 @ops.constexpr
-def _counted(dtypes: tuple, sizes: tuple) -> Tensor:
-    """What one execution adds to the account, int64 [DTYPES, 2]: payload bytes and messages."""
+def _counts(dtypes: tuple, sizes: tuple) -> Tensor:
+    """What one run adds to the account."""
     counts = np.zeros((len(DTYPES), 2), np.int64)
     for row, dtype in enumerate(DTYPES):
         count = sum(size for kind, size in zip(dtypes, sizes, strict=True) if kind == getattr(mindspore, dtype))
@@ -82,21 +111,31 @@ def _counted(dtypes: tuple, sizes: tuple) -> Tensor:
     return Tensor(counts)
 
 
-class Counted(nn.Cell):
-    """An operator over tuples of tensors that counts itself on the device: what it adds is known when the graph is
-    compiled, but how often a graph runs only the device sees.
-    """
+class Exchange(nn.Cell):
+    """`AlltoAllV` on a message of equal parts: `gives[i]` of them go to rank i, and `takes[i]` come from it."""
 
-    def __init__(self, operator: nn.Cell, name: str) -> None:
+    def __init__(self, operator: Any, gives: tuple[int, ...], takes: tuple[int, ...]) -> None:
+        super().__init__(auto_prefix=False)
+        self.operator, self.gives, self.takes = operator, gives, takes
+
+    def construct(self, message: Tensor) -> Tensor:
+        return self.operator(message, _sizes(message.size, self.gives), _sizes(message.size, self.takes))
+
+
+@ops.constexpr
+def _sizes(size: int, parts: tuple) -> tuple:
+    return tuple(size // sum(parts) * count for count in parts)
+
+
+class Spread(nn.Cell):
+    """`Broadcast` of one tensor; the operator takes a tuple."""
+
+    def __init__(self, operator: Any) -> None:
         super().__init__(auto_prefix=False)
         self.operator = operator
-        self.counts = Parameter(Tensor(np.zeros((len(DTYPES), 2), np.int64)), name=name, requires_grad=False)
-        self.add = ops.AssignAdd()
-        self.map = ops.HyperMap()
 
-    def construct(self, tensors: tuple) -> tuple:
-        self.add(self.counts, _counted(self.map(dtype_of, tensors), self.map(size_of, tensors)))
-        return self.operator(tensors)
+    def construct(self, message: Tensor) -> Tensor:
+        return self.operator((message,))[0]
 
 
 class HcclBackend:
@@ -108,30 +147,100 @@ class HcclBackend:
     def __init__(self, operators: Any = ops, communication: Any = mindspore.communication) -> None:
         self._operators, self._communication = operators, communication
         self.world = HcclWorld(operators, communication)
-        self._cells: dict[tuple[str, Group], Counted] = {}
+        self._groups: set[str] = set()
 
-    def operator(self, collective: str, group: Group) -> nn.Cell:
-        key = collective, group
-        if key not in self._cells:
-            make = {"all_reduce": self._all_reduce}[collective]
-            name = f"busway-{'-'.join(group.axes)}-{group.ranks[0]}"
-            if group not in (made for _, made in self._cells):
-                # Each HCCL group holds buffers on the device, so collectives share it.
-                self._communication.create_group(name, list(group.ranks))
-            self._cells[key] = Counted(make(name), f"counts.{collective}.{name}")
-        return self._cells[key]
-
-    def _all_reduce(self, name: str) -> nn.Cell:
+    def operator(self, collective: Collective) -> Operator:
+        group = self._whole(collective.group)
         types = [getattr(mindspore, dtype) for dtype in DTYPES]
-        sums = [effect(self._operators.AllReduce(ops.ReduceOp.SUM, name)) for _ in DTYPES]
-        return PackedAllReduce([Channel(dtype, dtype, operator) for dtype, operator in zip(types, sums, strict=True)])
+        carriers = [Carrier(dtype, dtype, self._flat(collective, group)) for dtype in types]
+        return HcclOperator(collective, carriers, f"counts.{collective.name}.{collective.place}.{group}")
 
-    def counts(self) -> Iterator[Count]:
-        for (collective, group), cell in self._cells.items():
-            for dtype, (payload, calls) in zip(DTYPES, cell.counts.asnumpy().tolist(), strict=True):
-                if calls:
-                    yield Count(group, collective, dtype, payload, calls)
+    def transport(self, group: Group, name: str) -> HcclTransport:
+        everyone = HostGather(self._operators.AllGather(group=self._whole(group)))
+        n, directions = len(group.ranks), {}
+        # A group comes about when both ranks have asked for it, so all ask in the order of the pairs.
+        for a, b in sorted({(i, (i + step) % n) for i in range(n) for step in (1, -1)}):
+            if group.place in (a, b):
+                name_of_pair = f"busway-{'-'.join(group.axes)}-{name}-{group.ranks[a]}-{group.ranks[b]}"
+                directions[a, b] = self._group(name_of_pair, sorted((group.ranks[a], group.ranks[b])))
+        return HcclTransport(self._operators, group.place, directions, everyone)
 
-    def reset(self) -> None:
-        for cell in self._cells.values():
-            cell.counts.set_data(Tensor(np.zeros((len(DTYPES), 2), np.int64)))
+    def _flat(self, collective: Collective, group: str) -> Any:
+        """What runs `collective` on a flat message."""
+        hccl, n = self._operators, len(collective.group.ranks)
+        match collective.name:
+            case "all_reduce":
+                return effect(hccl.AllReduce(ops.ReduceOp.SUM, group))
+            case "all_gather":
+                return effect(hccl.AllGather(group))
+            case "reduce_scatter":
+                return effect(hccl.ReduceScatter(ops.ReduceOp.SUM, group))
+            case "broadcast":
+                return Spread(effect(hccl.Broadcast(collective.place, group)))
+            case "all_to_all":
+                return Exchange(effect(hccl.AlltoAllV(group)), (1,) * n, (1,) * n)
+            case "send":
+                gives, takes = (tuple(int(i == j) for i in range(n)) for j in (collective.place, collective.sender))
+                return Exchange(effect(hccl.AlltoAllV(group)), gives, takes)
+
+    def _whole(self, group: Group) -> str:
+        ranks = group.ranks
+        return self._group(f"busway-{'-'.join(group.axes)}-{ranks[0]}-{ranks[-1]}-{len(ranks)}", ranks)
+
+    def _group(self, name: str, ranks: Sequence[int]) -> str:
+        """Each HCCL group holds buffers on the device, so there is one for all collectives over the same ranks."""
+        if name not in self._groups:
+            self._groups.add(name)
+            self._communication.create_group(name, list(ranks))
+        return name
+
+
+class HcclTransport:
+    """`Send` and `Receive`, each a compiled cell of its own. `directions`: (from, to) -> the group of the two ranks.
+
+    MindSpore runs each group's communication in order on a stream of its own, and HCCL's send waits for its receive.
+    With a group for each direction no message waits for one that goes the other way.
+    """
+
+    def __init__(
+        self, operators: Any, place: int, directions: dict[tuple[int, int], str], everyone: HostGather
+    ) -> None:
+        self._operators, self._place, self._directions = operators, place, directions
+        self.all_gather = everyone.gather
+        self._cells: dict[tuple, nn.Cell] = {}
+
+    def send(self, tensor: Tensor, place: int) -> Callable[[], bool]:
+        key = (place,)
+        if key not in self._cells:
+            group, last = self._directions[self._place, place], int(place > self._place)
+            self._cells[key] = SendCell(effect(self._operators.Send(sr_tag=0, dest_rank=last, group=group)))
+        self._cells[key](tensor)
+        return _at_once
+
+    def receive(
+        self, shape: tuple[int, ...], dtype: str, place: int
+    ) -> tuple[Callable[[], bool], Callable[[], Tensor]]:
+        key = place, shape, dtype
+        if key not in self._cells:
+            group, last = self._directions[place, self._place], int(place > self._place)
+            kind = getattr(mindspore, dtype)
+            receive = self._operators.Receive(sr_tag=0, src_rank=last, shape=list(shape), dtype=kind, group=group)
+            self._cells[key] = Simply(effect(receive))
+        tensor = self._cells[key]()
+        return _at_once, lambda: tensor
+
+
+def _at_once() -> bool:
+    """What uses a message waits for it on the device."""
+    return True
+
+
+class SendCell(nn.Cell):
+    """Sends a tensor, and returns it."""
+
+    def __init__(self, operator: Any) -> None:
+        super().__init__(auto_prefix=False)
+        self.operator = operator
+
+    def construct(self, tensor: Tensor) -> Tensor:
+        return ops.depend(tensor, self.operator(tensor))

@@ -9,7 +9,7 @@ import numpy as np
 
 
 class LocalWorld:
-    """The world of one rank. See `parallel.collectives.World`."""
+    """The world of one rank. See `parallel.collectives.interface.World`."""
 
     rank = 0
     size = 1
@@ -28,16 +28,10 @@ class LocalWorld:
 
 
 class LocalBackend:
-    """Never asked for an operator, since every group has one rank."""
+    """Never asked for an operator or a transport, since every group has one rank."""
 
     note = "local"
     dtypes = ()
 
     def __init__(self) -> None:
         self.world = LocalWorld()
-
-    def counts(self) -> list:
-        return []
-
-    def reset(self) -> None:
-        pass

@@ -1,8 +1,8 @@
-"""The CPU backend: MPI inside the compiled graph.
+"""The CPU backend: MPI inside the compiled graph, and between graphs.
 
-Operators are `ops.Custom` in one of two forms: the C++ ones of ``csrc/mpi_ops.cc`` where they were built and the
-running MPI is of MPICH's ABI, else Python functions around mpi4py, which copy and hold the GIL. Both count what they
-move where they run, at every run. Importing this module initialises MPI.
+Operators are `ops.Custom` in one of two forms: the C++ one of ``csrc/mpi_ops.cc`` where it was built and the running
+MPI is of MPICH's ABI, else Python functions around mpi4py, which copy and hold the GIL. Both count what they move where
+they run, at every run. Importing this module initialises MPI.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,23 +21,22 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mpi4py import MPI
 
-from parallel.collectives import Count, Group
-from parallel.collectives.packing import Channel, PackedAllReduce, effect
+from parallel.collectives import channel
+from parallel.collectives.interface import Collective, Group, Operator
+from parallel.collectives.packing import Carrier, Packed, effect, result_shape
 from parallel.mesh import DENSE, EXPERT
 from parallel.traffic import DTYPE_BYTES
 
 LIBRARY = Path(__file__).with_name("_mpi_ops.so")
 DTYPES = ("float64", "float32", "bfloat16", "int32")
 """In the order of NAMES in csrc/mpi_ops.cc."""
+KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send", "broadcast")
+"""In the order of Kind in csrc/mpi_ops.cc."""
 MPICH_ABI = ("MPICH", "Intel MPI", "MVAPICH")
 
 
 class MpiWorld:
-    """All ranks of the run. See `parallel.collectives.World`.
-
-    The host may wait long here (rank 0 builds a data set meanwhile), and MPICH's own wait takes a core from a rank that
-    works; so every call first waits for the others with a sleep that grows.
-    """
+    """All ranks of the run. See `parallel.collectives.interface.World`."""
 
     def __init__(self) -> None:
         self._comm = MPI.COMM_WORLD
@@ -45,19 +44,15 @@ class MpiWorld:
         self.size = self._comm.Get_size()
 
     def broadcast(self, value: Any, root: int = 0) -> Any:
-        self.barrier()
+        _meet(self._comm)
         return self._comm.bcast(value, root)
 
     def all_gather(self, value: Any) -> list[Any]:
-        self.barrier()
+        _meet(self._comm)
         return self._comm.allgather(value)
 
     def barrier(self) -> None:
-        request = self._comm.Ibarrier()
-        pause = 20e-6
-        while not request.Test():
-            time.sleep(pause)
-            pause = min(1.5 * pause, 1e-3)
+        _meet(self._comm)
 
     def reduce_max(self, values: Sequence[float]) -> np.ndarray:
         # Not MPI_MAX: what that makes of a NaN depends on the order of ranks.
@@ -70,11 +65,18 @@ class MpiWorld:
         os._exit(code)
 
 
+def _meet(communicator: MPI.Comm) -> None:
+    """Wait for all ranks before a call of the host: it may take long (rank 0 builds a data set meanwhile), and MPICH's
+    own wait takes a core from a rank that works.
+    """
+    channel.wait(communicator.Ibarrier().Test)
+
+
 class MpiBackend:
     """Communicators and operators over MPI. `native` asks for the C++ operators or for the Python ones; None chooses.
 
-    Each collective over a group has a communicator of its own, so that none waits for another that a second thread
-    runs. It is made with the first primitive; the group's members must do that in one order.
+    Each operator and each transport has a communicator of its own, so that none waits for another that a second thread
+    runs.
     """
 
     dtypes = DTYPES
@@ -87,25 +89,15 @@ class MpiBackend:
         self.note = "mpi (C++ operators)" if self._native else "mpi (Python operators, slower"
         if not self._native:
             self.note += f": {obstacle})" if obstacle else ")"
-        self._operators: dict[tuple[str, Group], NativeAllReduce | PythonAllReduce] = {}
 
-    def operator(self, collective: str, group: Group) -> nn.Cell:
-        key = collective, group
-        if key not in self._operators:
-            native, python = FORMS[collective]
-            communicator = _communicator(group)
-            self._operators[key] = native(self._library, communicator) if self._native else python(communicator)
-        return self._operators[key]
+    def operator(self, collective: Collective) -> Operator:
+        communicator = _communicator(collective.group)
+        if self._native:
+            return NativeOperator(self._library, communicator, collective)
+        return PythonOperator(communicator, collective)
 
-    def counts(self) -> Iterator[Count]:
-        for (collective, group), operator in self._operators.items():
-            for dtype, (payload, calls) in zip(DTYPES, operator.counts().tolist(), strict=True):
-                if calls:
-                    yield Count(group, collective, dtype, payload, calls)
-
-    def reset(self) -> None:
-        for operator in self._operators.values():
-            operator.reset()
+    def transport(self, group: Group, name: str) -> MpiTransport:
+        return MpiTransport(_communicator(group))
 
 
 def _communicator(group: Group) -> MPI.Comm:
@@ -138,25 +130,32 @@ def _load() -> ctypes.CDLL:
     return ctypes.CDLL(str(LIBRARY))
 
 
-def _outputs(slot: Any, *tensors: Any) -> Any:
-    """Shapes or dtypes of the outputs: those of the inputs, after the slot."""
-    return tensors if len(tensors) > 1 else tensors[0]
+class NativeOperator(nn.Cell):
+    """The C++ operator over one communicator, in a slot of its own. See `parallel.collectives.interface.Operator`."""
 
-
-class NativeAllReduce(nn.Cell):
-    """The C++ operator over one communicator, in a slot of its own: tensors in, their sums out."""
-
-    def __init__(self, library: ctypes.CDLL, communicator: MPI.Comm) -> None:
+    def __init__(self, library: ctypes.CDLL, communicator: MPI.Comm, collective: Collective) -> None:
         super().__init__(auto_prefix=False)
         self._library = library
-        self._slot = library.busway_open(communicator.py2f())
+        self._slot = library.busway_open(communicator.py2f(), KINDS.index(collective.name), collective.place)
         self.slot = Tensor([self._slot], mindspore.int32)
-        self.operator = effect(
-            ops.Custom(f"{LIBRARY}:AllReduce", out_shape=_outputs, out_dtype=_outputs, func_type="aot")
-        )
+        # The root of a broadcast keeps its tensors: its operator returns nothing but the slot.
+        self.keeps = collective.name == "broadcast" and collective.place == collective.group.place
+        keeps, parts = self.keeps, collective.parts
+
+        def shapes(slot: Any, *tensors: Any) -> Any:
+            results = tuple(result_shape(parts, shape) for shape in tensors)
+            return slot if keeps else results[0] if len(results) == 1 else results
+
+        def dtypes(slot: Any, *tensors: Any) -> Any:
+            return slot if keeps else tensors[0] if len(tensors) == 1 else tensors
+
+        self.operator = effect(ops.Custom(f"{LIBRARY}:Run", out_shape=shapes, out_dtype=dtypes, func_type="aot"))
 
     def construct(self, tensors: tuple) -> tuple:
         if len(tensors) == 0:
+            return tensors
+        if self.keeps:
+            self.operator(self.slot, *tensors)
             return tensors
         if len(tensors) == 1:
             return (self.operator(self.slot, tensors[0]),)
@@ -171,29 +170,34 @@ class NativeAllReduce(nn.Cell):
         self._library.busway_reset(self._slot)
 
 
-class PythonAllReduce(nn.Cell):
+class PythonOperator(nn.Cell):
     """The same around mpi4py. A Python operator takes one tensor, so the graph packs each message.
 
-    It takes no bfloat16 either, which travels and is added as float32, as in C++.
+    It takes no bfloat16 either, which travels and is added as float32.
     """
 
-    def __init__(self, communicator: MPI.Comm) -> None:
+    def __init__(self, communicator: MPI.Comm, collective: Collective) -> None:
         super().__init__(auto_prefix=False)
         self._counts = np.zeros((len(DTYPES), 2), np.int64)
-        self.packed = PackedAllReduce([self._channel(communicator, dtype) for dtype in DTYPES])
+        self.packed = Packed(collective, [self._carrier(communicator, collective, dtype) for dtype in DTYPES])
 
-    def _channel(self, communicator: MPI.Comm, dtype: str) -> Channel:
+    def _carrier(self, communicator: MPI.Comm, collective: Collective, dtype: str) -> Carrier:
+        start, parts = _starter(communicator, collective), collective.parts
         width, count = DTYPE_BYTES[dtype], self._counts[DTYPES.index(dtype)]
 
-        def all_reduce(message: np.ndarray) -> np.ndarray:
-            total = np.empty_like(message)
-            wait(communicator.Iallreduce(np.ascontiguousarray(message), total))
+        def run(message: np.ndarray) -> np.ndarray:
+            message = np.ascontiguousarray(message)
+            result = np.empty(result_shape(parts, message.shape), message.dtype)
+            wait(start(message, result))
             count[:] += (message.size * width, 1)
-            return total
+            return result
 
-        operator = effect(ops.Custom(all_reduce, out_shape=_same, out_dtype=_same, func_type="pyfunc"))
+        def shape(message: Any) -> Any:
+            return result_shape(parts, message)
+
+        operator = effect(ops.Custom(run, out_shape=shape, out_dtype=_same, func_type="pyfunc"))
         exact = getattr(mindspore, dtype)
-        return Channel(exact, mindspore.float32 if dtype == "bfloat16" else exact, operator)
+        return Carrier(exact, mindspore.float32 if dtype == "bfloat16" else exact, operator)
 
     def construct(self, tensors: tuple) -> tuple:
         return self.packed(tensors)
@@ -205,19 +209,72 @@ class PythonAllReduce(nn.Cell):
         self._counts[:] = 0
 
 
-FORMS = {"all_reduce": (NativeAllReduce, PythonAllReduce)}
-"""The two forms of each collective."""
-
-
 def _same(value: Any) -> Any:
     return value
 
 
-def wait(request: MPI.Request) -> None:
+def _starter(communicator: MPI.Comm, collective: Collective) -> Callable[[np.ndarray, np.ndarray], list[MPI.Request]]:
+    """What starts `collective` on a message and an array for the result."""
+    place, sender = collective.place, collective.sender
+
+    def send(message: np.ndarray, result: np.ndarray) -> list[MPI.Request]:
+        return [communicator.Irecv(result, sender), communicator.Isend(message, place)]
+
+    def broadcast(message: np.ndarray, result: np.ndarray) -> list[MPI.Request]:
+        result[:] = message
+        return [communicator.Ibcast(result, place)]
+
+    whole = {
+        "all_reduce": communicator.Iallreduce,
+        "all_gather": communicator.Iallgather,
+        "reduce_scatter": communicator.Ireduce_scatter_block,
+        "all_to_all": communicator.Ialltoall,
+    }
+    if collective.name in whole:
+        return lambda message, result: [whole[collective.name](message, result)]
+    return {"send": send, "broadcast": broadcast}[collective.name]
+
+
+def wait(requests: list[MPI.Request]) -> None:
     """Yield for a millisecond, then sleep: see `wait` in csrc/mpi_ops.cc."""
     start = time.monotonic()
-    while not request.Test():
+    while not MPI.Request.Testall(requests):
         if time.monotonic() - start < 1e-3:
             os.sched_yield()
         else:
             time.sleep(50e-6)
+
+
+class MpiTransport:
+    """Non-blocking messages over a communicator of their own, from and into the memory of tensors."""
+
+    def __init__(self, communicator: MPI.Comm) -> None:
+        self._comm = communicator
+
+    def send(self, tensor: Tensor, place: int) -> Callable[[], bool]:
+        return self._comm.Isend(_bytes(np.ascontiguousarray(tensor.asnumpy())), place).Test
+
+    def receive(
+        self, shape: tuple[int, ...], dtype: str, place: int
+    ) -> tuple[Callable[[], bool], Callable[[], Tensor]]:
+        # numpy has no bfloat16 of its own.
+        array, kind = np.empty(shape, np.int16 if dtype == "bfloat16" else dtype), getattr(mindspore, dtype)
+        status = MPI.Status()
+        request = self._comm.Irecv(_bytes(array), place)
+
+        def tensor() -> Tensor:
+            came = status.Get_count(MPI.BYTE)
+            if came != array.nbytes:
+                raise RuntimeError(f"asked for {dtype} {list(shape)}, but {came} bytes came")
+            whole = Tensor.from_numpy(array)
+            return whole.view(kind) if dtype == "bfloat16" else whole
+
+        return lambda: request.Test(status), tensor
+
+    def all_gather(self, value: Any) -> list[Any]:
+        _meet(self._comm)
+        return self._comm.allgather(value)
+
+
+def _bytes(array: np.ndarray) -> list:
+    return [array.reshape(-1).view(np.uint8), MPI.BYTE]

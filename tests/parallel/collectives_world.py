@@ -6,11 +6,13 @@ Arguments: the file. The world ends by an abort of rank 3 with code 7 while the 
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import pickle
 import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from unittest import mock
@@ -25,8 +27,12 @@ from parallel.layout import Layout
 from parallel.mesh import Mesh
 from parallel.topology import load
 
-AXES = ("dp", "tp", "cp", "loss", "dense", "ep")
+AXES = ("dp", "tp", "cp", "dense", "ep")
+PRIMITIVES = ("AllReduce", "AllGather", "ReduceScatter", "AllToAll", "Shift", "Broadcast")
 RUNS = 3
+DTYPES = ("float32", "float64", "int32", "float32", "float32", "float32", "bfloat16", "float32")
+SHAPES = ((4, 5), (8,), (4, 2, 3), (0, 4), (4, 0), (132,), (4, 3), (4, 5001))
+"""Mixed, odd and empty, and one that is large enough to travel without being packed."""
 LAPTOP = {
     "name": "laptop",
     "rank": {"name": "process", "memory_gib": None, "memory_bandwidth": None, "peak_tflops": None},
@@ -36,16 +42,14 @@ LAPTOP = {
 
 
 def numbers(rank: int) -> list[np.ndarray]:
-    """What `rank` puts in; bfloat16 is made of the last one."""
+    """What `rank` puts in: float64, of whole numbers whose sums every dtype holds."""
     draw = np.random.default_rng(rank)
-    return [
-        draw.standard_normal((3, 5)).astype(np.float32),
-        draw.standard_normal(7),
-        draw.integers(-9, 9, (2, 2)).astype(np.int32),
-        np.zeros((0, 4), np.float32),
-        draw.standard_normal((129,)).astype(np.float32),
-        draw.standard_normal((4, 3)).astype(np.float32),
-    ]
+    return [draw.integers(-9, 9, shape).astype(np.float64) for shape in SHAPES]
+
+
+def fractions(rank: int) -> np.ndarray:
+    """Float32 whose sums are rounded, of more bytes than are summed at a time."""
+    return np.random.default_rng(rank).standard_normal((4, 300_001)).astype(np.float32)
 
 
 def halves(rank: int) -> np.ndarray:
@@ -55,39 +59,57 @@ def halves(rank: int) -> np.ndarray:
     return every if rank == 0 else np.zeros_like(every)
 
 
-class Sums(nn.Cell):
-    """The same tensors summed over every set of axes."""
+def primitive(made: Collectives, name: str, axes: str) -> nn.Cell:
+    """That of `name`; a broadcast is from the last rank of the group."""
+    if name == "Broadcast":
+        return made.Broadcast(axes, root=len(made.group(axes).ranks) - 1)
+    return getattr(made, name)(axes)
 
-    def __init__(self, made: Collectives) -> None:
+
+class Everything(nn.Cell):
+    """Of each primitive over some axes the result, and what its backward makes of that."""
+
+    def __init__(self, made: Collectives, axes: str) -> None:
         super().__init__()
-        self.primitives = nn.CellList([made.AllReduce(axes) for axes in AXES])
+        self.primitives = nn.CellList([primitive(made, name, axes) for name in PRIMITIVES])
 
     def construct(self, *tensors):
-        sums = ()
-        for primitive in self.primitives:
-            sums = sums + (primitive.forward(tensors),)
-        return sums
+        results = ()
+        for one in self.primitives:
+            forward = one.forward(tensors)
+            results = results + ((forward, one.backward(forward)),)
+        return results
+
+
+class Both(nn.Cell):
+    """Forward of `x` and backward of `dy`, which come in no tuple."""
+
+    def __init__(self, made: Collectives, name: str) -> None:
+        super().__init__()
+        self.one = primitive(made, name, "dense")
+
+    def construct(self, x, dy):
+        return self.one.forward(x), self.one.backward(dy)
 
 
 class Repeated(nn.Cell):
     """Equal calls, one of them without a reader."""
 
-    def __init__(self, made: Collectives) -> None:
+    def __init__(self, made: Collectives, name: str) -> None:
         super().__init__()
-        self.primitive = made.AllReduce("dp")
-        self.other = made.AllReduce("dp")
+        self.one, self.other = primitive(made, name, "dp"), primitive(made, name, "dp")
 
     def construct(self, x):
-        self.primitive.forward((x,))
-        return self.primitive.forward((x,))[0], self.primitive.forward((x,))[0], self.other.forward((x,))[0]
+        self.one.forward((x,))
+        return self.one.forward((x,))[0], self.one.forward((x,))[0], self.other.forward((x,))[0]
 
 
 class Independent(nn.Cell):
-    """Twelve sums that do not depend on each other, over groups that overlap, each after work of another length."""
+    """Calls that do not depend on each other, over groups that overlap, each after work of another length."""
 
     def __init__(self, made: Collectives) -> None:
         super().__init__()
-        self.dp, self.tp, self.dense = made.AllReduce("dp"), made.AllReduce("tp"), made.AllReduce("dense")
+        self.dp, self.tp, self.dense = made.AllReduce("dp"), made.Shift("tp"), made.AllReduce("dense")
         self.multiply = ops.MatMul()
 
     def construct(self, work, values):
@@ -103,61 +125,149 @@ class Independent(nn.Cell):
         return results
 
 
-class One(nn.Cell):
-    def __init__(self, made: Collectives) -> None:
-        super().__init__()
-        self.primitive = made.AllReduce("dense")
-
-    def construct(self, x):
-        return self.primitive.backward(self.primitive.forward((x,)))[0]
-
-
 def try_form(made: Collectives) -> dict:
     """What this rank sees of one form of the operators."""
-    seen: dict = {"note": made.describe()}
     rank = made.rank
-
-    inputs = [Tensor(array) for array in numbers(rank)]
-    inputs[-1] = inputs[-1].astype(ms.bfloat16)
-    sums = Sums(made)
-    made.reset_traffic()
-    for _ in range(RUNS):
-        results = sums(*inputs)
-        out = [[(str(t.dtype), t.astype(ms.float64).asnumpy() if t.size else t.shape) for t in row] for row in results]
-    seen["sums"] = dict(zip(AXES, out, strict=True))
-    seen["traffic"] = made.traffic().rows()
-
+    seen: dict = {"results": {}, "traffic": {}, "products": {}, "repeated": {}, "errors": []}
+    for axes in AXES:
+        everything = Everything(made, axes)
+        made.reset_traffic()
+        for _ in range(RUNS):
+            inputs = zip(numbers(rank), DTYPES, strict=True)
+            results = everything(*[Tensor(array).astype(getattr(ms, dtype)) for array, dtype in inputs])
+        pairs = [(contents(forward), contents(backward)) for forward, backward in results]
+        seen["results"][axes] = dict(zip(PRIMITIVES, pairs, strict=True))
+        seen["traffic"][axes] = made.traffic().rows()
     made.reset_traffic()
     seen["after reset"] = made.traffic().rows()
-    repeated = Repeated(made)
-    seen["repeated"] = [float(t.asnumpy()[0]) for t in repeated(Tensor(np.array([rank + 1], np.float32)))]
-    seen["repeated traffic"] = made.traffic().rows()
 
+    for name in PRIMITIVES:
+        x = np.random.default_rng(rank).standard_normal((4, 1001))
+        rows = {"AllGather": 16, "ReduceScatter": 1}.get(name, 4)
+        # What follows a sum over ranks is the same on all of them and counts once.
+        alike = name == "AllReduce"
+        dy = np.random.default_rng(9 if alike else 9 + rank).standard_normal((rows, 1001))
+        y, dx = (result.asnumpy() for result in Both(made, name)(Tensor(x), Tensor(dy)))
+        seen["products"][name] = float(np.vdot(dx, x)), float(np.vdot(dy, y)) if rank == 0 or not alike else 0.0
+
+    x = Tensor(fractions(rank))
+    total, part = made.AllReduce("dense")(x).asnumpy(), made.ReduceScatter("dense")(x).asnumpy()
+    seen["total"] = total if rank == 0 else None
+    seen["digest"] = hashlib.sha256(total).hexdigest()
+    seen["part of total"] = np.array_equal(part, total[rank : rank + 1])
+    every = Tensor(halves(rank)).astype(ms.bfloat16)
+    seen["halves"] = made.AllReduce("dense")(every).astype(ms.float32).asnumpy()
+    diagonal = made.subgroup("dense", (0, 3) if rank in (0, 3) else (1, 2))
+    seen["subgroup"] = made.AllGather(diagonal)(Tensor(np.array([rank], np.int32))).asnumpy().tolist()
+
+    for name in PRIMITIVES:
+        made.reset_traffic()
+        results = Repeated(made, name)(Tensor(np.arange(2, dtype=np.float32) + 10 * rank))
+        seen["repeated"][name] = [t.asnumpy().tolist() for t in results], made.traffic().rows()
+    seen["independent"] = []
     independent = Independent(made)
     work = Tensor(np.zeros([(8, 8), (200, 200), (40, 40), (120, 120)][rank], np.float32))
-    seen["independent"] = []
     for run in range(10):
-        values = Tensor(np.arange(4, dtype=np.float32) + 4 * rank + run)
-        seen["independent"].append([float(t.asnumpy()[0]) for t in independent(work, values)])
+        results = independent(work, Tensor(np.arange(4, dtype=np.float32) + 4 * rank + run))
+        seen["independent"].append([float(t.asnumpy()[0]) for t in results])
 
-    seen["halves"] = One(made)(Tensor(halves(rank)).astype(ms.bfloat16)).astype(ms.float32).asnumpy()
+    for name, x in (("AllReduce", np.zeros(1, np.int64)), ("AllToAll", np.zeros((6, 2), np.float32))):
+        try:
+            primitive(made, name, "dense")(Tensor(x))
+        except (TypeError, ValueError) as error:
+            seen["errors"].append(str(error))
+    one, together = Tensor(np.zeros(1, np.float32)), made.AllReduce("dense")
+    together(one)
+    seen["cpu seconds while waiting"] = waiting(made.world, lambda: together(one).asnumpy())
+    return seen
+
+
+def contents(tensors: tuple) -> list[tuple]:
+    """(dtype, shape, float64 values) of each."""
+    return [(str(t.dtype), t.shape, t.astype(ms.float64).asnumpy() if t.size else None) for t in tensors]
+
+
+def waiting(world: collectives.World, call: Callable[[], object]) -> float:
+    """CPU seconds of this rank while it waits in `call` for rank 0, which is late by a second."""
+    world.barrier()
+    if world.rank == 0:
+        time.sleep(1)
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
+def try_channels(made: Collectives) -> dict:
+    """What this rank sees of channels around the ring of all ranks and along tp."""
+    world, rank = made.world, made.rank
+    following, before = (rank + 1) % 4, (rank - 1) % 4
+    seen: dict = {}
+    made.reset_traffic()
+    ahead, back = made.Channel("dense", "ahead"), made.Channel("dense", "back")
+    asked = [
+        ahead.receive(shape, getattr(ms, dtype), before) for shape, dtype in zip(SHAPES, DTYPES, strict=True)
+    ] + [back.receive((), ms.float32, following)]  # fmt: skip
+    world.barrier()
+    seen["ready before it was sent"] = [arrival.ready() for arrival in asked]
+    world.barrier()
+    for array, dtype in zip(numbers(rank), DTYPES, strict=True):
+        ahead.send(Tensor(array).astype(getattr(ms, dtype)), following)
+    back.send(Tensor(np.float32(rank)), before)
+    # In another order than that of sending, but each channel in its own.
+    seen["back"] = float(asked[-1].wait().asnumpy())
+    seen["ahead"] = contents([arrival.wait() for arrival in asked[:-1]])
+    ahead.check_drained()
+    back.check_drained()
+    seen["traffic"] = made.traffic().rows()
+
+    waits = made.Channel("dense", "waits")
+    late = waits.receive((1,), ms.int32, before)
+    world.barrier()
+    if rank == 0:
+        time.sleep(1)
+    start = time.process_time()
+    if rank == 0:
+        waits.send(Tensor(np.array([4], np.int32)), following)
+        late.wait()
+    else:
+        waits.send(late.wait(), following)
+    seen["cpu seconds while waiting"] = time.process_time() - start
+    waits.check_drained()
+
+    unmatched = made.Channel("tp", "unmatched")
+    peer = 1 - unmatched.group.place
+    if rank in (0, 1):
+        unmatched.send(Tensor(np.zeros(1 << 20, np.float32)), peer)
+    if rank == 1:
+        unmatched.receive((1 << 20,), ms.float32, peer)
     try:
-        One(made)(Tensor(np.zeros(1, np.int64)))
-    except TypeError as error:
-        seen["int64"] = str(error)
+        unmatched.check_drained()
+        seen["unmatched"] = None
+    except RuntimeError as error:
+        seen["unmatched"] = str(error)
+    short = made.Channel("tp", "short")
+    short.send(Tensor(np.zeros(3, np.float32)), peer)
+    try:
+        short.receive((2, 2), ms.float32, peer).wait()
+    except RuntimeError as error:
+        seen["short"] = str(error)
+    try:
+        ahead.send(Tensor(np.zeros(1, np.float32)), (rank + 2) % 4)
+    except ValueError as error:
+        seen["far"] = str(error)
     return seen
 
 
 def try_two_threads(mpi: ModuleType, made: Collectives) -> bool:
     """Whether a collective ends while rank 0 waits in another one, which the other ranks join only afterwards."""
     library = ctypes.CDLL(str(mpi.LIBRARY))
-    slots = [library.busway_open(mpi.MPI.COMM_WORLD.Dup().py2f()) for _ in range(2)]
+    slots = [library.busway_open(mpi.MPI.COMM_WORLD.Dup().py2f(), 0, 0) for _ in range(2)]
     results = [np.zeros(2, np.float32) for _ in slots]
 
     def run(i: int) -> None:
         tensors = [np.array([slots[i]], np.int32), np.ones(2, np.float32), results[i]]
         shapes = [np.array([tensor.size], np.int64) for tensor in tensors]
-        library.AllReduce(
+        library.Run(
             3,
             (ctypes.c_void_p * 3)(*(tensor.ctypes.data for tensor in tensors)),
             (ctypes.c_int * 3)(1, 1, 1),
@@ -183,20 +293,13 @@ def try_two_threads(mpi: ModuleType, made: Collectives) -> bool:
 
 def try_host(world: collectives.World) -> dict:
     """What this rank sees of the helpers for the host."""
-    seen = {
+    return {
         "broadcast": world.broadcast({"from": world.rank} if world.rank == 2 else None, root=2),
         "all_gather": world.all_gather("abcd"[: world.rank]),
         "reduce_max": world.reduce_max([world.rank, -world.rank]).tolist(),
         "reduce_max of nan": world.reduce_max([float("nan") if world.rank == 1 else 1.0]).tolist(),
+        "cpu seconds while waiting": waiting(world, world.barrier),
     }
-    # A rank that waits must leave its core to one that works: rank 0 is late by a second.
-    world.barrier()
-    if world.rank == 0:
-        time.sleep(1)
-    start = time.process_time()
-    world.barrier()
-    seen["cpu seconds while waiting"] = time.process_time() - start
-    return seen
 
 
 def main(path: str) -> None:
@@ -207,7 +310,7 @@ def main(path: str) -> None:
     mesh = Mesh(Layout(dp=2, tp=2, ep=4), load(LAPTOP))
     made = collectives.connect(mesh)
     world = made.world
-    seen = {"chosen": made.describe(), "host": try_host(world)}
+    seen = {"chosen": made.describe(), "host": try_host(world), "channels": try_channels(made)}
     seen["python"] = try_form(Collectives(mesh, mpi.MpiBackend(native=False)))
     if mpi.LIBRARY.exists():
         seen["native"] = try_form(Collectives(mesh, mpi.MpiBackend(native=True)))
@@ -229,7 +332,7 @@ def main(path: str) -> None:
     if world.rank == 3:
         time.sleep(0.5)
         world.abort(7)
-    One(made)(Tensor(np.zeros(1, np.float32))).asnumpy()
+    made.AllReduce("dense")(Tensor(np.zeros(1, np.float32))).asnumpy()
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from models.checks import ConfigError
 from parallel import collectives
 from parallel.layout import Layout
 from parallel.mesh import Mesh
-from parallel.traffic import Traffic
+from parallel.traffic import DTYPE_BYTES, Traffic
 
 SCRIPT = Path(__file__).with_name("collectives_world.py")
 LIBRARY = Path(collectives.__file__).with_name("_mpi_ops.so")
@@ -27,15 +27,16 @@ GROUPS = {
     "dp": [(0, 2), (1, 3)],
     "tp": [(0, 1), (2, 3)],
     "cp": [(0,), (1,), (2,), (3,)],
-    "loss": [(0, 2), (1, 3)],
     "dense": [(0, 1, 2, 3)],
     "ep": [(0, 1, 2, 3)],
 }
+PRIMITIVES = ("AllReduce", "AllGather", "ReduceScatter", "AllToAll", "Shift", "Broadcast")
 FORMS = [
     "python",
     pytest.param("native", marks=pytest.mark.skipif(not LIBRARY.exists(), reason="the C++ operators are not built")),
 ]
 each_form = pytest.mark.parametrize("form", FORMS)
+each_primitive = pytest.mark.parametrize("primitive", PRIMITIVES)
 
 
 def load_script():
@@ -59,59 +60,127 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def numbers():
-    return load_script().numbers
+def script():
+    return load_script()
 
 
 def group_of(axes: str, rank: int) -> tuple[int, ...]:
     return next(group for group in GROUPS[axes] if rank in group)
 
 
+def result(primitive: str, inputs: list[np.ndarray], place: int) -> np.ndarray:
+    """What the rank at `place` gets when rank i of the group puts in `inputs[i]`; the last is the root."""
+    n = len(inputs)
+    if primitive in ("AllReduce", "ReduceScatter"):
+        total = np.sum(inputs, axis=0)
+        return total if primitive == "AllReduce" else np.split(total, n)[place]
+    if primitive == "AllGather":
+        return np.concatenate(inputs)
+    if primitive == "AllToAll":
+        return np.concatenate([np.split(one, n)[place] for one in inputs])
+    return inputs[place - 1 if primitive == "Shift" else -1]
+
+
+def gradient(primitive: str, gradients: list[np.ndarray], place: int) -> np.ndarray:
+    """The same for the backward."""
+    n = len(gradients)
+    if primitive == "AllReduce":
+        return gradients[place]
+    if primitive == "Shift":
+        return gradients[(place + 1) % n]
+    if primitive == "Broadcast":
+        total = np.sum(gradients, axis=0)
+        return total if place == n - 1 else np.zeros_like(total)
+    other = {"AllGather": "ReduceScatter", "ReduceScatter": "AllGather", "AllToAll": "AllToAll"}
+    return result(other[primitive], gradients, place)
+
+
+def check(seen: list[tuple], expected: list[np.ndarray], dtypes: tuple[str, ...]) -> None:
+    """`seen` as `contents` in collectives_world.py gives it."""
+    for (dtype, shape, values), wanted, wanted_dtype in zip(seen, expected, dtypes, strict=True):
+        assert dtype.lower() == wanted_dtype and shape == wanted.shape
+        if wanted.size:
+            np.testing.assert_array_equal(values, wanted)
+
+
+@each_form
+@each_primitive
+@pytest.mark.parametrize("axes", GROUPS)
+def test_tensors_of_every_dtype_and_shape_travel_within_the_group_of_their_axes(world, script, form, primitive, axes):
+    for rank, seen in enumerate(world[1]):
+        forward, backward = seen[form]["results"][axes][primitive]
+        group = group_of(axes, rank)
+        results, gradients = [], []
+        for inputs in zip(*(script.numbers(peer) for peer in group), strict=True):
+            outputs = [result(primitive, list(inputs), place) for place in range(len(group))]
+            results.append(outputs[group.index(rank)])
+            gradients.append(gradient(primitive, outputs, group.index(rank)))
+        check(forward, results, script.DTYPES)
+        check(backward, gradients, script.DTYPES)
+
+
+@each_form
+@each_primitive
+def test_the_backward_is_the_transpose_of_the_forward(world, form, primitive):
+    left, right = np.sum([seen[form]["products"][primitive] for seen in world[1]], axis=0)
+    assert left == pytest.approx(right, rel=1e-12) and abs(left) > 1
+
+
+@each_form
+def test_a_sum_has_the_same_bits_on_every_rank(world, script, form):
+    assert len({seen[form]["digest"] for seen in world[1]}) == 1
+    expected = np.sum([script.fractions(rank).astype(np.float64) for rank in range(4)], axis=0)
+    assert np.abs(world[1][0][form]["total"] - expected).max() < 1e-6
+
+
+@pytest.mark.skipif(not LIBRARY.exists(), reason="the C++ operators are not built")
+def test_a_reduce_scatter_has_the_bits_of_an_all_reduce_which_adds_ranks_in_order(world, script):
+    total = script.fractions(0)
+    for rank in range(1, 4):
+        total = total + script.fractions(rank)
+    np.testing.assert_array_equal(world[1][0]["native"]["total"], total)
+    assert all(seen["native"]["part of total"] for seen in world[1])
+
+
 @each_form
 @pytest.mark.parametrize("axes", GROUPS)
-def test_tensors_of_every_dtype_are_summed_over_the_group_of_their_axes(world, numbers, form, axes):
-    tolerance = {"Float64": 1e-15, "Float32": 1e-6, "BFloat16": 1e-2, "Int32": 0}
-    for rank, seen in enumerate(world[1]):
-        sums = seen[form]["sums"][axes]
-        expected = [sum(numbers(peer)[i].astype(np.float64) for peer in group_of(axes, rank)) for i in range(6)]
-        assert " ".join(dtype for dtype, _ in sums) == "Float32 Float64 Int32 Float32 Float32 BFloat16"
-        for (dtype, result), wanted in zip(sums, expected, strict=True):
-            if wanted.size == 0:
-                assert result == (0, 4)
-            else:
-                assert np.abs(result - wanted).max() <= tolerance[dtype] * np.abs(wanted).max() + 1e-15
-
-
-@each_form
-def test_all_members_of_a_group_hold_the_same_bits(world, form):
-    for axes, groups in GROUPS.items():
-        for group in groups:
-            for one, other in zip(*(world[1][rank][form]["sums"][axes] for rank in (group[0], group[-1])), strict=True):
-                np.testing.assert_array_equal(one[1], other[1])
-
-
-@each_form
-def test_payload_counts_every_run_and_one_message_a_dtype(world, numbers, form):
-    # RUNS = 3 runs; dp and loss are one group here, and so are dense and ep as sets of ranks, on rows of their own.
-    bytes_of = {"float32": 4 * (15 + 129), "float64": 8 * 7, "int32": 4 * 4, "bfloat16": 2 * 12}
-    calls = {"dp": 2, "tp": 1, "dp x tp": 1, "ep": 1}
+def test_payload_counts_every_run_and_one_message_a_dtype(world, script, form, axes):
+    """Forward and backward run RUNS = 3 times; a backward is handed what the forward returned."""
+    sizes = dict.fromkeys(script.DTYPES, 0)
+    for dtype, shape in zip(script.DTYPES, script.SHAPES, strict=True):
+        sizes[dtype] += DTYPE_BYTES[dtype] * int(np.prod(shape))
+    n = len(GROUPS[axes][0])
+    # collective -> (payloads in units of the inputs, messages of a run)
+    runs = {
+        "all_reduce": (2, 2),  # AllReduce, and the backward of Broadcast
+        "all_gather": (1 + 1 / n, 2),
+        "reduce_scatter": (n + 1, 2),
+        "all_to_all": (2, 2),
+        "send": (2, 2),
+        "broadcast": (1, 1),
+    }
+    wanted = {
+        (collective, dtype): (round(3 * units * size), 3 * calls)
+        for collective, (units, calls) in (runs if n > 1 else {}).items()
+        for dtype, size in sizes.items()
+    }
+    axis = {"dense": "dp x tp"}.get(axes, axes)
     for seen in world[1]:
-        rows = {(row["axis"], row["dtype"]): (row["payload_bytes"], row["calls"]) for row in seen[form]["traffic"]}
-        assert rows == {
-            (axis, dtype): (3 * count * size, 3 * count)
-            for axis, count in calls.items()
-            for dtype, size in bytes_of.items()
-        }
-        assert {row["collective"] for row in seen[form]["traffic"]} == {"all_reduce"}
+        rows = seen[form]["traffic"][axes]
+        assert {(row["collective"], row["dtype"]): (row["payload_bytes"], row["calls"]) for row in rows} == wanted
+        assert {row["axis"] for row in rows} <= {axis}
         assert seen[form]["after reset"] == []
 
 
 @each_form
-def test_equal_calls_are_not_merged_and_unused_ones_not_removed(world, form):
+@each_primitive
+def test_equal_calls_are_not_merged_and_unused_ones_not_removed(world, form, primitive):
     for rank, seen in enumerate(world[1]):
-        assert seen[form]["repeated"] == [sum(peer + 1 for peer in group_of("dp", rank))] * 3
-        (row,) = seen[form]["repeated traffic"]
-        assert row["calls"] == 4 and row["payload_bytes"] == 16
+        results, (row,) = seen[form]["repeated"][primitive]
+        group = group_of("dp", rank)
+        inputs = [np.arange(2) + 10 * peer for peer in group]
+        assert results == [result(primitive, inputs, group.index(rank)).tolist()] * 3
+        assert row["calls"] == 4 and row["payload_bytes"] == 32
 
 
 @each_form
@@ -120,28 +189,66 @@ def test_independent_calls_meet_in_one_order_on_all_ranks(world, form):
         for run, results in enumerate(seen[form]["independent"]):
             expected = []
             for i in range(4):
-                for axes, factor in (("dp", 1), ("tp", 10), ("dense", 100)):
-                    expected.append(factor * sum(i + 4 * peer + run for peer in group_of(axes, rank)))
+                dp, tp = group_of("dp", rank), group_of("tp", rank)
+                expected.append(sum(i + 4 * peer + run for peer in dp))
+                expected.append(10 * (i + 4 * tp[tp.index(rank) - 1] + run))
+                expected.append(100 * sum(i + 4 * peer + run for peer in range(4)))
             assert results == expected
 
 
 @each_form
-def test_every_bfloat16_survives_the_way_through_float32(world, form):
-    every = load_script().halves(0)
+def test_every_bfloat16_survives_a_sum(world, script, form):
     for seen in world[1]:
-        np.testing.assert_array_equal(seen[form]["halves"], every)
+        np.testing.assert_array_equal(seen[form]["halves"], script.halves(0))
 
 
 @each_form
-def test_a_dtype_that_cannot_be_summed_is_refused_when_the_graph_is_built(world, form):
+def test_a_subgroup_is_the_ranks_at_its_places(world, form):
+    assert [seen[form]["subgroup"] for seen in world[1]] == [[0, 3], [1, 2], [1, 2], [0, 3]]
+
+
+@each_form
+def test_what_cannot_be_sent_is_refused_when_the_graph_is_built(world, form):
     for seen in world[1]:
-        error = seen[form]["int64"]
-        assert "all_reduce takes tensors of Float64, Float32, BFloat16, Int32, but one is Int64" in error
+        dtype, shape = seen[form]["errors"]
+        assert "all_reduce takes tensors of Float64, Float32, BFloat16, Int32, but one is Int64" in dtype
+        assert "all_to_all takes tensors whose dim 0 is a multiple of 4, but one is [6, 2]" in shape
 
 
 @pytest.mark.skipif(not LIBRARY.exists(), reason="the C++ operators are not built")
 def test_a_collective_does_not_wait_for_another_one_that_a_second_thread_runs(world):
     assert all(seen["two threads"] for seen in world[1])
+
+
+def test_messages_of_a_channel_arrive_whole_and_in_order_with_receives_posted_ahead(world, script):
+    for rank, seen in enumerate(world[1]):
+        assert not any(seen["channels"]["ready before it was sent"])
+        assert seen["channels"]["back"] == (rank + 1) % 4
+        check(seen["channels"]["ahead"], script.numbers((rank - 1) % 4), script.DTYPES)
+
+
+def test_a_channel_counts_what_it_sends(world, script):
+    sizes: dict[str, tuple[int, int]] = {"float32": (4, 1)}
+    for dtype, shape in zip(script.DTYPES, script.SHAPES, strict=True):
+        payload, calls = sizes.get(dtype, (0, 0))
+        sizes[dtype] = payload + DTYPE_BYTES[dtype] * int(np.prod(shape)), calls + 1
+    for seen in world[1]:
+        rows = seen["channels"]["traffic"]
+        assert {row["dtype"]: (row["payload_bytes"], row["calls"]) for row in rows} == sizes
+        assert {(row["axis"], row["collective"]) for row in rows} == {("dp x tp", "send")}
+        assert all(row["wire_bytes"] == row["payload_bytes"] for row in rows)
+
+
+def test_what_is_left_in_a_channel_is_an_error_on_every_rank_of_its_group(world):
+    left = "channel unmatched over tp: rank 1 did not wait for float32 [1048576] from rank 0; "
+    left += "rank 1 sent 1 to rank 0, which asked for 0"
+    assert [seen["channels"]["unmatched"] for seen in world[1]] == [left, left, None, None]
+
+
+def test_a_message_of_another_size_and_a_distant_peer_are_errors(world):
+    for rank, seen in enumerate(world[1]):
+        assert seen["channels"]["short"] == "asked for float32 [2, 2], but 12 bytes came"
+        assert seen["channels"]["far"] == f"place {(rank + 2) % 4} is no neighbour of place {rank} on a ring of 4 ranks"
 
 
 def test_the_host_helpers_reach_all_ranks(world):
@@ -152,9 +259,10 @@ def test_the_host_helpers_reach_all_ranks(world):
         assert np.isnan(seen["host"]["reduce_max of nan"][0])
 
 
-def test_a_rank_that_waits_leaves_the_core_to_one_that_works(world):
+@pytest.mark.parametrize("where", ["host", "channels", *FORMS])
+def test_a_rank_that_waits_leaves_the_core_to_one_that_works(world, where):
     # Spinning would take the whole second.
-    assert all(seen["host"]["cpu seconds while waiting"] < 0.5 for seen in world[1])
+    assert all(seen[where]["cpu seconds while waiting"] < 0.5 for seen in world[1])
 
 
 def test_a_world_of_another_size_is_the_product_error(world):
@@ -183,17 +291,22 @@ def test_one_rank_needs_no_operator(machine):
     class Step(nn.Cell):
         def __init__(self):
             super().__init__()
-            self.primitive = made.AllReduce("loss")
+            self.primitives = nn.CellList([getattr(made, name)("loss") for name in PRIMITIVES])
 
         def construct(self, x):
-            return self.primitive.backward(self.primitive.forward((x,)))[0]
+            for primitive in self.primitives:
+                x = primitive.backward(primitive.forward((x,)))[0]
+            return x
 
     assert Step()(Tensor(np.array([3], np.int64))).asnumpy() == [3]
-    assert made.AllReduce("loss").operator is None
     assert made.traffic().rows() == Traffic().rows() == []
     assert (made.rank, made.world.size, made.describe()) == (0, 1, "local")
     assert made.world.all_gather("a") == ["a"] and made.world.broadcast("b") == "b"
     assert made.world.reduce_max([1.5]).tolist() == [1.5]
+    with pytest.raises(ValueError, match="channel x: a group of one rank has nobody to send to"):
+        made.Channel("pp", "x")
+    with pytest.raises(ValueError, match="root 1 is outside a group of 1 rank"):
+        made.Broadcast("loss", root=1)
 
 
 def test_a_layout_of_several_ranks_in_a_world_of_one_is_the_product_error(machine):

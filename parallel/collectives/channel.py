@@ -1,0 +1,112 @@
+"""Point to point, from the host and between graphs: what the stages of a pipeline send each other."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from mindspore import Tensor
+
+from parallel.collectives.interface import Group, Transport
+from parallel.traffic import DTYPE_BYTES
+
+
+class Arrival:
+    """A message that was asked for."""
+
+    def __init__(self, channel: Channel, arrived: Callable[[], bool], tensor: Callable[[], Tensor], what: str) -> None:
+        self._channel, self._arrived, self._tensor, self.what = channel, arrived, tensor, what
+        self._ready = False
+
+    def ready(self) -> bool:
+        """Whether `wait` returns at once. Asking moves messages along. HCCL cannot tell and always says yes: there the
+        device waits, not the host.
+        """
+        self._ready = self._ready or self._arrived()
+        return self._ready
+
+    def wait(self) -> Tensor:
+        """The message. Called once."""
+        wait(self.ready)
+        self._channel.taken(self)
+        return self._tensor()
+
+
+class Channel:
+    """Messages between neighbours on the ring of a group; a `peer` is a place in the group.
+
+    From one rank to another they arrive in the order in which they were sent and must be asked for in that order. No
+    channel waits for another: what two ranks order differently, as activations and gradients, takes two channels.
+    Made by `Collectives.Channel`, by all ranks of the group in one order.
+    """
+
+    def __init__(self, group: Group, transport: Transport, name: str) -> None:
+        self.group, self.name = group, name
+        self.counts: Counter[tuple[int, str, str]] = Counter()
+        """What was sent: of each peer and dtype, ``payload`` bytes and ``calls``."""
+        self._transport = transport
+        self._sending: list[tuple[Callable[[], bool], Tensor]] = []
+        self._asked: list[Arrival] = []
+        self._sent: Counter[int] = Counter()
+        self._received: Counter[int] = Counter()
+
+    def send(self, tensor: Tensor, peer: int) -> None:
+        """Start to send to `peer`. `tensor` is kept until it has left and must not be written to before."""
+        self._release()
+        self._sending.append((self._transport.send(tensor, self._neighbour(peer)), tensor))
+        self._sent[peer] += 1
+        dtype = str(tensor.dtype).lower()
+        self.counts[peer, dtype, "payload"] += tensor.size * DTYPE_BYTES[dtype]
+        self.counts[peer, dtype, "calls"] += 1
+
+    def receive(self, shape: tuple[int, ...], dtype: Any, peer: int) -> Arrival:
+        """Ask for the next message of `peer`, a tensor of `shape` and `dtype` (MindSpore's). Does not wait."""
+        name = str(dtype).lower()
+        arrived, tensor = self._transport.receive(tuple(shape), name, self._neighbour(peer))
+        self._received[peer] += 1
+        what = f"{name} {list(shape)} from rank {self.group.ranks[peer]}"
+        self._asked.append(Arrival(self, arrived, tensor, what))
+        return self._asked[-1]
+
+    def check_drained(self) -> None:
+        """Return when everything has left; all ranks of the group call it.
+
+        Raises RuntimeError, on all of them alike, if messages were sent that nobody asked for, or the other way round,
+        or were asked for and not waited for.
+        """
+        states = self._transport.all_gather((self._sent, self._received, [arrival.what for arrival in self._asked]))
+        ranks, wrong = self.group.ranks, []
+        for a, (sent, _, asked) in enumerate(states):
+            wrong += [f"rank {ranks[a]} did not wait for {what}" for what in asked]
+            for b, (_, received, _) in enumerate(states):
+                if sent[b] != received[a]:
+                    wrong.append(f"rank {ranks[a]} sent {sent[b]} to rank {ranks[b]}, which asked for {received[a]}")
+        if wrong:
+            raise RuntimeError(f"channel {self.name} over {' x '.join(self.group.axes)}: {'; '.join(wrong)}")
+        for left, _ in self._sending:
+            wait(left)
+        self._sending.clear()
+
+    def taken(self, arrival: Arrival) -> None:
+        """`arrival` was waited for."""
+        self._asked.remove(arrival)
+        self._release()
+
+    def _neighbour(self, place: int) -> int:
+        n = len(self.group.ranks)
+        if place not in ((self.group.place + 1) % n, (self.group.place - 1) % n):
+            raise ValueError(f"place {place} is no neighbour of place {self.group.place} on a ring of {n} ranks")
+        return place
+
+    def _release(self) -> None:
+        self._sending = [(left, tensor) for left, tensor in self._sending if not left()]
+
+
+def wait(done: Callable[[], bool]) -> None:
+    """Return when `done`. Another rank's work may take long and needs the core, so sleep, ever longer."""
+    pause = 20e-6
+    while not done():
+        time.sleep(pause)
+        pause = min(1.5 * pause, 1e-3)
