@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -13,14 +15,25 @@ from models.segments import COS, FIRST_KEY, SIN, Residual, Segment
 from models.weights import Weight, weights_of
 
 
+@dataclass(frozen=True)
+class Heads:
+    """The heads of one attention, as far as they are held here."""
+
+    queries: int
+    keys: int
+    """Heads of keys, and of values."""
+    width: int
+
+
 class HeadNorm(Segment):
     """RMSNorm over each head's queries and keys (Qwen3)."""
 
     saves, keeps = 1, 2
 
-    def __init__(self, weights: list[Weight], config: ModelConfig, kernels: Kernels) -> None:
+    def __init__(self, weights: Sequence[Weight], heads: Heads, eps: float, kernels: Kernels) -> None:
         super().__init__(weights)
-        self.kernel = kernels.HeadNorm(config.heads, config.kv_heads, config.norm_eps)
+        self.heads, self.eps = heads, eps
+        self.kernel = kernels.HeadNorm(heads.queries, heads.keys, eps)
 
     def forward(self, x, weights, context):
         """Saves its input."""
@@ -37,10 +50,10 @@ class SelfAttention(Segment):
 
     saves = 3
 
-    def __init__(self, config: ModelConfig, kernels: Kernels) -> None:
+    def __init__(self, heads: Heads, kernels: Kernels) -> None:
         super().__init__()
-        scale = 1.0 / math.sqrt(config.head_width)
-        self.kernel = kernels.Attention(config.heads, config.kv_heads, scale, kernels.documents)
+        self.heads = heads
+        self.kernel = kernels.Attention(heads.queries, heads.keys, 1.0 / math.sqrt(heads.width), kernels.documents)
 
     def forward(self, x, weights, context):
         """Saves qkv, its output and the log-sum-exp a row, from which the backward makes the scores again."""
@@ -55,6 +68,7 @@ class SelfAttention(Segment):
 
 def attention_block(config: ModelConfig, layer: int, kernels: Kernels, rounding: str) -> Residual:
     """norm, qkv projection, [q/k-norm], attention, output projection, around a skip connection."""
+    heads = Heads(config.heads, config.kv_heads, config.head_width)
     specs = {spec.name.split(".", 2)[2]: spec for spec in config.layer_parameters(layer)}
     norm = weights_of([specs["attention_norm.weight"]])
     qkv = []
@@ -63,9 +77,9 @@ def attention_block(config: ModelConfig, layer: int, kernels: Kernels, rounding:
         qkv += weights_of([specs[f"attention.{part}"] for part in parts], (f"qkv_proj.{kind}", parts))
     segments = [Norm(norm, config.norm_eps, kernels), Linear(qkv, rounding)]
     if config.qk_norm:
-        heads = weights_of([specs["attention.q_norm.weight"], specs["attention.k_norm.weight"]])
-        segments.append(HeadNorm(heads, config, kernels))
-    segments += [SelfAttention(config, kernels), Linear(weights_of([specs["attention.o_proj.weight"]]), rounding)]
+        norms = weights_of([specs["attention.q_norm.weight"], specs["attention.k_norm.weight"]])
+        segments.append(HeadNorm(norms, heads, config.norm_eps, kernels))
+    segments += [SelfAttention(heads, kernels), Linear(weights_of([specs["attention.o_proj.weight"]]), rounding)]
     return Residual(segments)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import mindspore as ms
 from mindspore import nn, ops
 
@@ -45,7 +47,7 @@ class Linear(Segment):
 
     saves, keeps = 1, 2
 
-    def __init__(self, weights: list[Weight], rounding: str) -> None:
+    def __init__(self, weights: Sequence[Weight], rounding: str) -> None:
         super().__init__(weights)
         self.rounding = Rounding(rounding)
         self.has_bias = len(weights) == 2
@@ -80,8 +82,9 @@ class Norm(Segment):
 
     saves, keeps = 1, 1
 
-    def __init__(self, weights: list[Weight], eps: float, kernels: Kernels) -> None:
+    def __init__(self, weights: Sequence[Weight], eps: float, kernels: Kernels) -> None:
         super().__init__(weights)
+        self.eps = eps
         self.kernel = kernels.RMSNorm(eps)
 
     def forward(self, x, weights, context):
@@ -95,18 +98,26 @@ class Norm(Segment):
 
 
 class Embedding(Segment):
-    """Token ids to rows of the table. Its input gradient is dy itself, as ids have none."""
+    """Token ids to rows of the table. Its input gradient is dy itself, as ids have none.
+
+    A table that holds some of the rows gives zeros for ids of others, and takes no gradient from them.
+    """
 
     keeps = 1
 
-    def __init__(self, weights: list[Weight], kernels: Kernels) -> None:
+    def __init__(self, weights: Sequence[Weight], kernels: Kernels) -> None:
         super().__init__(weights)
+        self.first_row = weights[0].parts[0].region[0][0]
         self.kernel = kernels.Embedding()
 
     def forward(self, x, weights, context):
         """Looks up the context's tokens; `x` is not read."""
-        return self.kernel.forward(context[TOKENS], weights[0]), ()
+        return self.kernel.forward(self.rows(context), weights[0]), ()
 
     def backward_input(self, dy, saved, weights, context):
         """Adds the rows of dy up by token."""
-        return dy, (self.kernel.backward(context[TOKENS], dy, weights[0]),)
+        return dy, (self.kernel.backward(self.rows(context), dy, weights[0]),)
+
+    def rows(self, context):
+        """Rows of the table to look up."""
+        return context[TOKENS] - self.first_row if self.first_row else context[TOKENS]

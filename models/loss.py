@@ -27,14 +27,22 @@ class CrossEntropySum(Segment):
         labels = context[LABELS]
         if x.dtype == ms.bfloat16:
             x = ops.cast(x, ms.float32)
-        lse, target = self.kernel.forward(x, labels)
+        lse, target = self.statistics(x, labels)
         return self.sum((lse - target) * self.valid(labels, x)).reshape((1,)), (x, lse)
 
     def backward_input(self, dy, saved, weights, context):
         """The gradient of the sum: dy is not read, as it is one."""
         labels = context[LABELS]
         logits, lse = saved
-        return self.kernel.backward(logits, labels, lse, self.valid(labels, logits)), ()
+        return self.kernel.backward(logits, self.columns(labels), lse, self.valid(labels, logits)), ()
+
+    def statistics(self, logits, labels):
+        """Log-sum-exp [T] of the logits, and the label's logit [T]."""
+        return self.kernel.forward(logits, self.columns(labels))
+
+    def columns(self, labels):
+        """Columns of the logits in which the labels stand."""
+        return labels
 
     def valid(self, labels, like):
         """1 where a token's loss counts, 0 elsewhere, in the dtype of `like`."""

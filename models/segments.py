@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
-from mindspore import nn
+from mindspore import nn, ops
 
 from models.weights import Weight
 
@@ -61,7 +61,7 @@ class Chain(Segment):
 
     def __init__(self, segments: Sequence[Segment]) -> None:
         super().__init__([weight for segment in segments for weight in segment.weights])
-        self.segments = nn.CellList(segments, auto_prefix=False)
+        self.segments = nn.CellList(list(segments), auto_prefix=False)
         self.saves = sum(segment.saves for segment in segments)
         self.keeps = sum(segment.keeps for segment in segments)
         self.weight_spans = _spans([len(segment.weights) for segment in segments])
@@ -109,6 +109,28 @@ class Residual(Chain):
         """The chain's input gradient added to dy."""
         dx, kept = super().backward_input(dy, saved, weights, context)
         return dy + dx, kept
+
+
+class Recompute(Chain):
+    """A chain that saves its input alone, and runs forward again in the backward pass."""
+
+    def __init__(self, segments: Sequence[Segment]) -> None:
+        super().__init__(segments)
+        self.saves = 1
+
+    def forward(self, x, weights, context):
+        """The chain's output."""
+        y, _ = super().forward(x, weights, context)
+        return y, (x,)
+
+    def backward_input(self, dy, saved, weights, context):
+        """The chain's input gradient, from what a second forward saves.
+
+        The second forward waits for dy: the compiler would otherwise merge it with the first, and save everything.
+        """
+        x = ops.depend(saved[0], dy)
+        _, again = super().forward(x, weights, context)
+        return super().backward_input(dy, again, weights, context)
 
 
 def _spans(lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:

@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -20,18 +21,36 @@ BLOCK_ROWS = 256
 """Rows that one counter of the generator covers; part of the definition of a model's start."""
 
 
+Region = tuple[tuple[int, int], ...]
+Piece = tuple[Region | None, tuple[int, int] | None, Any]
+"""(region, run, values) of what a file holds of a parameter: its region, None for all of it, and, where the values are
+a run of the region laid out flat, (start, stop) of the run. `values` can be sliced like an array."""
+
+
 @dataclass(frozen=True)
 class Part:
     """A parameter, or the region of it that is held here."""
 
     spec: ParameterSpec
-    region: tuple[tuple[int, int], ...]
+    region: Region
     """(start, stop) along each dim of the parameter's global shape."""
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the region."""
         return tuple(stop - start for start, stop in self.region)
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def key(self) -> str:
+        """Its name in files: the parameter's, and the region unless that is all of it: ``head.weight[0:8,0:4]``."""
+        if self.shape == self.spec.shape:
+            return self.spec.name
+        return f"{self.spec.name}[{','.join(f'{start}:{stop}' for start, stop in self.region)}]"
 
     @property
     def slices(self) -> tuple[slice, ...]:
@@ -46,6 +65,43 @@ class Part:
             raise ValueError(f"{self.spec.name}: {stop - start} along dim {dim} is no multiple of {count}")
         span = (start + index * size, start + (index + 1) * size)
         return Part(self.spec, (*self.region[:dim], span, *self.region[dim + 1 :]))
+
+
+def parse_key(key: str) -> tuple[str, Region | None, tuple[int, int] | None]:
+    """(parameter name, region, run) of a `Part.key`, perhaps with a run behind it: ``head.weight[0:8,0:4]@0:16``."""
+    key, _, run = key.partition("@")
+    name, _, region = key.partition("[")
+    spans = [tuple(map(int, span.split(":"))) for span in region.rstrip("]").split(",")] if region else []
+    return name, tuple(spans) or None, tuple(map(int, run.split(":"))) if run else None
+
+
+def assemble(part: Part, pieces: Iterable[Piece]) -> np.ndarray:
+    """`part` out of pieces that together hold all of it. Raises ValueError where they do not."""
+    whole = tuple((0, size) for size in part.spec.shape)
+    flat: dict[Region, list[tuple[tuple[int, int], Any]]] = {}
+    blocks = []
+    for region, run, values in pieces:
+        if run is None:
+            blocks.append((region or whole, values))
+        else:
+            flat.setdefault(region or whole, []).append((run, values))
+    for region, runs in flat.items():
+        runs.sort(key=lambda entry: entry[0])
+        values = np.concatenate([values[:] for _, values in runs])
+        blocks.append((region, values.reshape([stop - start for start, stop in region])))
+    result, filled = None, 0
+    for region, values in blocks:
+        common = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(part.region, region, strict=True)]
+        if all(start < stop for start, stop in common):
+            taken = values[tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(common, region, strict=True))]
+            if taken.shape == part.shape:
+                return taken
+            result = np.empty(part.shape, taken.dtype) if result is None else result
+            result[tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(common, part.region, strict=True))] = taken
+            filled += taken.size
+    if filled != part.size:
+        raise ValueError(f"{part.key} is not whole: {filled} of its {part.size} elements are there")
+    return result
 
 
 Reader = Callable[[Part], np.ndarray]

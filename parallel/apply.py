@@ -1,25 +1,86 @@
 """`parallelize`: the techniques of `parallel/`, applied to a model from outside in one stated order.
 
-1. data parallelism (`parallel.data`): gradients and loss sums are added up over the ranks of the loss view.
+1. tensor and sequence parallelism (`parallel.tensor`): segments become the forms that a rank of tp runs
+2. context parallelism (`parallel.context`): attention is computed over the ranks that share a sequence
+3. recompute (`parallel.recompute`): segments are merged that save their input alone
+4. pipeline (`parallel.pipeline`): the segments are cut into stages, and a rank keeps its own
+5. data parallelism (`parallel.data`, `parallel.zero`): gradients and loss sums are added up over the ranks of the loss
+   view, with ZeRO each rank's optimizer having a piece of every weight
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
+import numpy as np
+
+from models.config import ModelConfig
 from models.decoder import Decoder
+from models.kernels import Kernels
+from models.segments import Segment
+from models.weights import Weight
 from parallel.collectives import Collectives
-from parallel.data import DataParallel
+from parallel.context import contextual, positions
+from parallel.data import DataParallel, Held
+from parallel.pipeline import cut
+from parallel.recompute import recompute
+from parallel.schedules import Schedule
+from parallel.tensor import TensorParallel
+from parallel.zero import Zero
+
+EMBEDDING = "embedding.weight"
 
 
 @dataclass(frozen=True)
 class Parallelized:
     """A model as this rank holds it, and what the step must do around it."""
 
-    model: Decoder
+    stages: dict[int, Decoder]
+    """This rank's, by virtual stage; the whole model is stage 0 where there is no pipeline."""
+    schedule: Schedule | None
+    """The pipeline's; None without one."""
+    weights: tuple[Weight, ...]
+    """What this rank holds, each once."""
     data: DataParallel
+    positions: np.ndarray
+    """Positions in a sequence of this rank's tokens, int64."""
+    collectives: Collectives
 
 
-def parallelize(model: Decoder, collectives: Collectives) -> Parallelized:
-    """Lay `model` over the ranks of `collectives.mesh`."""
-    return Parallelized(model, DataParallel(collectives))
+def parallelize(
+    segments: Sequence[Segment], config: ModelConfig, kernels: Kernels, collectives: Collectives,
+    schedule: Schedule | None, seq_len: int, dtype: type,
+) -> Parallelized:  # fmt: skip
+    """Lay the model of `segments` (`models.decoder.decoder_segments`) over the ranks of `collectives.mesh`.
+
+    `dtype` is the numpy dtype of gradients.
+    """
+    mesh, rank = collectives.mesh, collectives.rank
+    layout = mesh.layout
+    if layout.tp > 1:
+        tensor = TensorParallel(config, collectives, kernels, layout.sequence_parallel)
+        segments = [tensor.apply(segment) for segment in segments]
+    if layout.cp > 1:
+        attention = (kernels, collectives, layout.micro_batch, seq_len, dtype)
+        segments = [contextual(segment, *attention) for segment in segments]
+    if layout.recompute != "none":
+        segments = recompute(segments, layout.recompute)
+    stages = {0: Decoder(segments)}
+    if schedule:
+        spans = cut(config.layers, schedule.stages, layout.stages)
+        own = schedule.stages_of(mesh.index("pp", rank))
+        stages = {stage: Decoder([segments[i] for i in spans[stage]]) for stage in own}
+    weights = tuple({weight.name: weight for stage in stages.values() for weight in stage.weights}.values())
+    if schedule and config.tied_embeddings and schedule.rank_of(0) != schedule.rank_of(schedule.stages - 1):
+        weights = tuple(_tied(weight, 0 in stages) if weight.name == EMBEDDING else weight for weight in weights)
+    data = (Zero if layout.zero and mesh.size("loss") > 1 else DataParallel)(weights, collectives, kernels, dtype)
+    own = positions(layout, mesh.index("cp", rank), seq_len)
+    return Parallelized(stages, schedule, weights, data, own, collectives)
+
+
+def _tied(weight: Weight, first: bool) -> Held:
+    """The embedding, of which the first and the last stage have a copy each."""
+    held = weight if isinstance(weight, Held) else Held(weight.name, weight.parts, (1,), (True,))
+    replicas = tuple(2 * count for count in held.replicas)
+    return replace(held, replicas=replicas, firsts=tuple(first and f for f in held.firsts), tied=True)

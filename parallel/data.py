@@ -1,26 +1,165 @@
-"""Data parallelism: ranks compute different samples, and their gradients are summed."""
+"""Data parallelism: ranks of dp and cp compute different tokens, and their gradients are summed.
+
+`DataParallel` keeps weights, gradients and moments whole on every rank; `parallel.zero` cuts them.
+"""
 
 from __future__ import annotations
 
-from mindspore import nn
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
+import numpy as np
+from mindspore import Tensor, nn
+
+from models.kernels import Kernels
+from models.weights import Weight
 from parallel.collectives import Collectives
 
-AXES = ("dp", "cp")
-"""Ranks that hold the same dense weights and see different tokens."""
+
+@dataclass(frozen=True)
+class Held(Weight):
+    """A weight as one rank of several holds it."""
+
+    replicas: tuple[int, ...]
+    """For each part, how many ranks of a replica of the model (pp x tp) hold the same region."""
+    firsts: tuple[bool, ...]
+    """For each part, whether this rank is the first of those."""
+    summed: bool = False
+    """Each rank of tp computes a part of the gradient."""
+    tied: bool = False
+    """The first and the last stage have it, each with a part of the gradient."""
 
 
 class DataParallel(nn.Cell):
-    """Sums what the ranks of the loss view computed from their own tokens."""
+    """What a step does with gradients between the backward pass and the optimizer, and with weights after it.
 
-    def __init__(self, collectives: Collectives) -> None:
+    `weights` are those of this rank, in the order of the gradients. Gradients are sums over the rank's own tokens;
+    the trainer divides by the global count afterwards, so that plain sums suffice.
+    """
+
+    whole = True
+    """Whether the optimizer writes the weights that graphs read; otherwise it has pieces of its own."""
+
+    def __init__(
+        self, weights: Sequence[Weight], collectives: Collectives, kernels: Kernels, dtype: type = np.float32
+    ) -> None:
         super().__init__(auto_prefix=False)
-        self.all_reduce = collectives.AllReduce(AXES)
+        self.weights = tuple(weights)
+        self.all = tuple(range(len(self.weights)))
+        self.first = collectives.mesh.index("loss", collectives.rank) == 0
+        self.over_tp = collectives.AllReduce("tp")
+        self.over_tokens = collectives.AllReduce("loss")
+        self.over_stages = collectives.AllReduce("pp")
+        self.over_model = collectives.AllReduce(("pp", "tp"))
+        self.summed = tuple(i for i, weight in enumerate(weights) if getattr(weight, "summed", False))
+        self.tied = tuple(i for i, weight in enumerate(weights) if getattr(weight, "tied", False))
+        ends = (0, collectives.mesh.size("pp") - 1)
+        self.over_ends = collectives.AllReduce(collectives.subgroup("pp", ends)) if self.tied else None
+        # Ranks of tp have the same losses and counts, and one of them counts; each has its own wish to stop.
+        counts = collectives.mesh.index("tp", collectives.rank) == 0
+        self.nothing = Tensor(np.zeros(1, dtype))
+        self.counted = Tensor(np.array([counts, counts, 1], dtype))
+        self.square_sum = kernels.SquareSum()
+        self.copies = self._copies()
 
-    def reduce(self, sums, gradients):
-        """`(sums, gradients)` added up over the ranks, in one message.
+    def collect(self, gradients, places):
+        """What is added up over micro-batches of one micro-batch's gradients: here they themselves.
 
-        The trainer's loss is a sum over tokens, so plain sums suffice; it divides by the global count afterwards.
+        `places` are those of the gradients' weights in `weights`.
         """
-        reduced = self.all_reduce.forward((sums,) + gradients)
-        return reduced[0], reduced[1:]
+        return gradients
+
+    def reduce(self, sums, collected):
+        """`(sums, gradients)` added up over all ranks that have a part of them.
+
+        sums: [loss sum, valid tokens, wishes to stop]; gradients: a tensor a weight, as the optimizer takes them.
+        """
+        reduced = self.over_tokens.forward((sums,) + collected)
+        return reduced[0], self.complete(reduced[1:])
+
+    def evaluation(self, sums):
+        """[loss sum, valid tokens] over all tokens, of a pass without gradients."""
+        return self.over_stages.forward(self.over_tokens.forward(sums))
+
+    def complete(self, gradients):
+        """The gradients with those summed of which the ranks of one replica of the model have parts."""
+        if len(self.summed) > 0:
+            gradients = _added(gradients, self.summed, self.over_tp)
+        if len(self.tied) > 0:
+            gradients = _added(gradients, self.tied, self.over_ends)
+        return gradients
+
+    def total(self, sums, gradients):
+        """`sums` over all stages, and the square sum [1] of the whole model's gradients."""
+        return self.over_model.forward((sums * self.counted, self.squares(gradients)))
+
+    def squares(self, gradients):
+        """The square sum [1] of this rank's gradients, an element that several ranks hold counted once among them."""
+        square = self.nothing
+        for copies, pieces in self.copies:
+            chosen = ()
+            for i, start, stop in pieces:
+                whole = start == 0 and stop == gradients[i].size
+                chosen = chosen + (gradients[i] if whole else gradients[i].reshape((-1,))[start:stop],)
+            part = self.square_sum.forward(chosen)
+            square = square + (part if copies == 1 else part / copies)
+        return square
+
+    def span(self, weight: Weight) -> tuple[int, int]:
+        """(start, stop) of what the optimizer has here of a weight, counted in elements of the weight laid out flat."""
+        return 0, weight.size
+
+    def cut(self, weight: Weight, value: np.ndarray) -> np.ndarray:
+        """What the optimizer has here of a weight's value."""
+        return value
+
+    def shape(self, weight: Weight) -> tuple[int, ...]:
+        """Shape of what the optimizer has here of a weight."""
+        return weight.shape
+
+    def collected(self, weight: Weight) -> tuple[int, ...]:
+        """Shape of what `collect` gives for a weight."""
+        return weight.shape
+
+    def weight_entries(self, weight: Weight, value: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+        """What this rank writes of a weight into a checkpoint, (key, values): what it holds first of all ranks."""
+        for (part, rows), first in zip(weight.split(value), firsts(weight), strict=True):
+            if first and self.first:
+                yield part.key, rows
+
+    def entries(self, weight: Weight, value: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+        """The same of a tensor of the optimizer."""
+        return self.weight_entries(weight, value)
+
+    def _copies(self) -> tuple[tuple[int, tuple[tuple[int, int, int], ...]], ...]:
+        """How many ranks hold an element -> (weight, start, stop) of the runs of such elements in the gradients."""
+        runs: dict[int, list[tuple[int, int, int]]] = {}
+        for i, weight in enumerate(self.weights):
+            first, last = self.span(weight)
+            end = 0
+            for part, copies in zip(weight.parts, getattr(weight, "replicas", (1,) * len(weight.parts)), strict=True):
+                begin, end = end, end + part.size
+                start, stop = max(begin, first) - first, min(end, last) - first
+                if start >= stop:
+                    continue
+                same = runs.setdefault(copies, [])
+                if same and same[-1][0] == i and same[-1][2] == start:
+                    start = same.pop()[1]
+                same.append((i, start, stop))
+        return tuple((copies, tuple(pieces)) for copies, pieces in sorted(runs.items()))
+
+
+def firsts(weight: Weight) -> tuple[bool, ...]:
+    """For each part of a weight, whether this rank is the first of its replica of the model that holds it."""
+    return weight.firsts if isinstance(weight, Held) else (True,) * len(weight.parts)
+
+
+def _added(tensors, places, all_reduce):
+    """`tensors`, those at `places` summed over the group, in one message."""
+    parts = ()
+    for i in places:
+        parts = parts + (tensors[i],)
+    parts = all_reduce.forward(parts)
+    for k, i in enumerate(places):
+        tensors = tensors[:i] + (parts[k],) + tensors[i + 1 :]
+    return tensors

@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from models.checks import check, check_at_least
-from models.config import nearest_divisor
+from models.checks import check, check_at_least, check_choice
+from models.config import ModelConfig, nearest_divisor
+from parallel import schedules
 
 ORDER = ("tp", "cp", "dp", "pp")
 
@@ -30,14 +31,32 @@ class Layout:
     """Replicas; each reads its own samples."""
     cp: int = 1
     """Ranks that share the tokens of one sequence."""
+    cp_method: str = "ring"
+    """How attention brings the ranks of cp together: `ring`, `ulysses` or `hybrid`."""
+    cp_ulysses: int = 2
+    """Ranks of cp that `hybrid` has inside, with a ring outside."""
     tp: int = 1
     """Ranks that share every matrix of a layer."""
     pp: int = 1
-    """Pipeline stages."""
+    """Pipeline ranks; each holds `vpp` stages."""
+    vpp: int = 1
+    """Virtual stages of a pipeline rank; the V schedules mean 2."""
+    schedule: str = "1f1b"
+    """Order of a pipeline's passes, one of `parallel.schedules.NAMES`."""
+    stages: tuple[int, ...] | None = None
+    """Layers of each virtual stage; None balances them, embedding and head counted as a layer each."""
+    zero: int = 0
+    """ZeRO: what the ranks of dp x cp cut: 0 nothing, 1 the optimizer's state, 2 gradients too."""
+    zero_group: int | None = None
+    """Ranks that share one set of pieces; None: all of dp x cp."""
+    recompute: str | tuple[int, ...] = "none"
+    """What runs forward again instead of being saved: `none`, `selective`, `full`, or these layers."""
     ep: int = 1
     """Ranks over which the experts of a layer are spread."""
     etp: int = 1
     """Ranks that share every matrix of one expert."""
+    sequence_parallel: bool = False
+    """Ranks of tp share the tokens of the stream between blocks."""
     micro_batch: int = 1
     """Sequences in one forward pass of one replica."""
     order: tuple[str, ...] = ORDER
@@ -45,13 +64,32 @@ class Layout:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "order", tuple(self.order))
-        for axis in ("dp", "cp", "tp", "pp", "ep", "etp", "micro_batch"):
+        object.__setattr__(self, "stages", self.stages and tuple(self.stages))
+        check_choice("layout.schedule", self.schedule, schedules.NAMES)
+        if isinstance(self.recompute, str):
+            check_choice("layout.recompute", self.recompute, ("none", "selective", "full"))
+        else:
+            object.__setattr__(self, "recompute", tuple(self.recompute))
+        check_choice("layout.cp_method", self.cp_method, ("ring", "ulysses", "hybrid"))
+        if self.schedule in schedules.V_SHAPED and self.vpp == 1:
+            object.__setattr__(self, "vpp", 2)
+        for axis in ("dp", "cp", "tp", "pp", "vpp", "cp_ulysses", "ep", "etp", "micro_batch"):
             check_at_least(f"layout.{axis}", getattr(self, axis), 1)
         check(
             sorted(self.order) == sorted(ORDER),
             "layout.order",
             f"must name each of {', '.join(ORDER)} once, but is [{','.join(self.order)}]",
             f"set layout.order=[{','.join(ORDER)}] (innermost first)",
+        )
+        check(
+            0 <= self.zero <= 2, "layout.zero", f"must be 0, 1 or 2, but is {self.zero}", "2 keeps the least on a rank"
+        )
+        loss, group = self.dp * self.cp, self.zero_group
+        check(
+            group is None or (group > 0 and loss % group == 0),
+            f"layout.zero_group {group}",
+            f"must divide dp {self.dp} x cp {self.cp} = {loss}",
+            f"set layout.zero_group={nearest_divisor(loss, group or 1)} (the nearest)",
         )
         stage = self.dp * self.cp * self.tp
         check(
@@ -68,6 +106,11 @@ class Layout:
         return f"set layout.ep={nearest_divisor(stage, self.ep)} (the nearest) and layout.etp=1"
 
     @property
+    def ulysses(self) -> int:
+        """Ranks of cp among which attention's heads are exchanged; the others form rings."""
+        return {"ring": 1, "ulysses": self.cp, "hybrid": self.cp_ulysses}[self.cp_method] if self.cp > 1 else 1
+
+    @property
     def world_size(self) -> int:
         """Ranks that the layout needs: ``pp x dp x cp x tp``."""
         return self.pp * self.dp * self.cp * self.tp
@@ -80,6 +123,107 @@ class Layout:
     def product(self) -> str:
         """The product identity as text, outermost axis first: ``pp 4 x dp 2 x cp 1 x tp 3 = 24``."""
         return " x ".join(f"{axis} {getattr(self, axis)}" for axis in reversed(ORDER)) + f" = {self.world_size}"
+
+    def stream_tokens(self, seq_len: int) -> int:
+        """Tokens of a micro-batch that one rank has between blocks."""
+        return self.micro_batch * seq_len // self.cp // (self.tp if self.sequence_parallel else 1)
+
+    def pipeline(self, global_batch: int) -> schedules.Schedule | None:
+        """The schedule of one step; None without a pipeline. Raises `ConfigError` for what its rules forbid."""
+        if self.pp == 1:
+            return None
+        return schedules.make(self.schedule, self.pp, self.vpp, self.check_batch(global_batch))
+
+    def check_model(self, config: ModelConfig, seq_len: int) -> None:
+        """Raise `ConfigError` unless every axis divides what it cuts of a model and of sequences of `seq_len`."""
+        tp, common = f"layout.tp {self.tp}", math.gcd(config.heads, config.ffn, config.vocab)
+        for name, size in (("heads", config.heads), ("ffn", config.ffn), ("vocab", config.vocab)):
+            check(
+                size % self.tp == 0,
+                tp,
+                f"must divide model.{name} {size}",
+                f"set layout.tp={nearest_divisor(common, self.tp)} (the nearest)",
+            )
+        check(
+            self.tp % config.kv_heads == 0 or config.kv_heads % self.tp == 0,
+            tp,
+            f"must divide model.kv_heads {config.kv_heads} or be a multiple of it",
+            f"set layout.tp={nearest_divisor(config.kv_heads, self.tp)} (the nearest that divides it)",
+        )
+        if not isinstance(self.recompute, str):
+            for layer in self.recompute:
+                check(
+                    isinstance(layer, int) and 0 <= layer < config.layers,
+                    f"layout.recompute [{','.join(map(str, self.recompute))}]",
+                    f"must list layers from 0 to {config.layers - 1}",
+                    "change the list, or set layout.recompute=selective or full",
+                )
+        if self.cp > 1:
+            self._check_context(config, seq_len)
+        if self.pp > 1:
+            self._check_stages(config.layers)
+        if self.tp > 1 and self.sequence_parallel:
+            tokens = self.micro_batch * seq_len // self.cp  # before they are cut
+            check(
+                tokens % self.tp == 0,
+                tp,
+                f"must divide the {tokens} tokens of a micro-batch with layout.sequence_parallel",
+                f"set layout.tp={nearest_divisor(tokens, self.tp)} (the nearest), or layout.sequence_parallel=false",
+            )
+
+    def _check_context(self, config: ModelConfig, seq_len: int) -> None:
+        inside = self.ulysses
+        check(
+            self.cp % inside == 0,
+            f"layout.cp_ulysses {inside}",
+            f"must divide layout.cp {self.cp}",
+            f"set layout.cp_ulysses={nearest_divisor(self.cp, inside)} (the nearest)",
+        )
+        places = self.cp // inside
+        unit = inside * (2 * places if places > 1 else 1)
+        below = seq_len // unit * unit
+        check(
+            seq_len % unit == 0,
+            f"data.seq_len {seq_len}",
+            f"must be a multiple of {unit} for layout.cp {self.cp} with {self.cp_method}",
+            f"set data.seq_len={f'{below} or {below + unit}' if below else unit} (the nearest)",
+        )
+        heads, keys = config.heads // self.tp, max(1, config.kv_heads // self.tp)
+        name = "layout.cp_ulysses" if self.cp_method == "hybrid" else "layout.cp"
+        check(
+            heads % inside == 0,
+            f"{name} {inside}",
+            f"must divide the {heads} heads of a rank of tp, which {self.cp_method} exchanges",
+            f"set {name}={nearest_divisor(heads, inside)} (the nearest), or layout.cp_method=ring",
+        )
+        check(
+            inside % keys == 0 or keys % inside == 0,
+            f"{name} {inside}",
+            f"must divide the {keys} heads of keys of a rank of tp or be a multiple of them",
+            f"set {name}={nearest_divisor(keys, inside)} (the nearest that divides it), or layout.cp_method=ring",
+        )
+
+    def _check_stages(self, layers: int) -> None:
+        count = self.pp * self.vpp
+        named = f"layout.pp {self.pp} x vpp {self.vpp} = {count} stages"
+        if self.stages is None:
+            check(
+                count <= layers + 2,
+                named,
+                f"must not exceed the {layers} layers and the embedding and head, which count as one each",
+                f"set layout.pp={max(1, (layers + 2) // self.vpp)} (the nearest)",
+            )
+            return
+        given = f"layout.stages [{','.join(map(str, self.stages))}]"
+        check(len(self.stages) == count, given, f"must give the layers of each of {count} stages", f"list {count}")
+        total = sum(self.stages)
+        check(total == layers, given, f"must add up to model.layers {layers}, but does to {total}", "change the list")
+        check(
+            min(self.stages) >= 0 and all(self.stages[1:-1]),
+            given,
+            "must give every stage but the first and the last a layer",
+            "move a layer there",
+        )
 
     def check_world(self, ranks: int) -> None:
         """Raise `ConfigError` unless the world has as many ranks as the layout needs."""

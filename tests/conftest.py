@@ -15,8 +15,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from models.weights import weights_of
+from trainer import checkpoint
+from trainer.compose import compose_recipe
 
 TEXT = "the bus runs every ten minutes and a tram every five while rain falls on an old stone bridge"
 SECONDS = 300
@@ -73,8 +76,11 @@ class Run:
         return self.path / "checkpoints" / self.checkpoints[-1]
 
     def weights(self) -> dict[str, np.ndarray]:
-        """The newest checkpoint's."""
-        return load_file(self.newest / "model.safetensors")
+        """The newest checkpoint's, put together from what the ranks wrote."""
+        saved = checkpoint.load(self.newest)
+        model = compose_recipe(str(self.path / "recipe.yaml"), []).recipe.model
+        with saved.reader("weights") as read:
+            return {weight.name: weight.stack(read) for weight in weights_of(model.parameters())}
 
     def curves(self, folder: str = "") -> dict[str, list[tuple[int, float]]]:
         """Tag -> (x, value) in order, as TensorBoard reads them."""

@@ -13,8 +13,9 @@ import yaml
 from rich.console import Console as RichConsole
 
 from models import kernels
+from models.attention import rotary_tables
 from models.config import FLOPS_CONVENTION
-from models.decoder import Decoder
+from models.decoder import decoder_segments
 from models.weights import Reader, initial_reader
 from parallel import collectives as coll
 from parallel.apply import parallelize
@@ -38,8 +39,8 @@ from trainer.precision import Precision
 from trainer.precision import choose as choose_precision
 from trainer.recipe import Recipe
 from trainer.run_directory import RunDirectory
-from trainer.step import Finish, Gradients, TrainStep, Weights
-from trainer.weight_files import read_weights
+from trainer.step import Finish, TrainStep, Weights
+from trainer.weight_files import CONFIG, read_weights, yaml_of_config
 
 
 def connect(recipe: Recipe) -> Collectives:
@@ -60,25 +61,27 @@ def build(
     precision = choose_precision(recipe.train.precision, device)
     dtype = precision.dtype
     table = kernels.choose(recipe.train.kernels, precision.name, device, recipe.data.mask_documents)
-    model = Decoder(recipe.model, table, precision.rounding)
-    parallel = parallelize(model, collectives)
+    segments = decoder_segments(recipe.model, table, precision.rounding)
+    schedule = mesh.layout.pipeline(recipe.train.global_batch)
+    parallel = parallelize(segments, recipe.model, table, collectives, schedule, recipe.data.seq_len, dtype)
 
     resumed = _resumed(recipe, run, collectives.world, say)
     with _start(recipe, resumed) as read:
-        weights = Weights(model.weights, read, dtype)
+        weights = Weights(parallel.weights, parallel.data, read, dtype)
     if resumed:
         for kind in ("first", "second"):
             with resumed.reader(kind) as read:
-                weights.load(kind, read, dtype)
+                weights.load(kind, read)
 
     corpus = prepare(recipe.data, recipe.model.vocab, say, recipe.train.eval_every > 0)
     loader, holdout = _batches(recipe, corpus, mesh, rank, resumed.state["samples"] if resumed else 0)
-    gradients = Gradients(parallel.model, recipe.model, weights, recipe.data.seq_len, dtype)
-    finish = Finish(weights, parallel.data, table, recipe.optimizer, dtype)
+    finish = Finish(weights, table, recipe.optimizer, dtype)
     micro_batches = mesh.layout.check_batch(recipe.train.global_batch)
-    step = TrainStep(gradients, finish, weights, micro_batches, dtype)
+    tables = [table[parallel.positions] for table in rotary_tables(recipe.model, recipe.data.seq_len, dtype)]
+    stream = (mesh.layout.stream_tokens(recipe.data.seq_len), recipe.model.hidden)
+    step = TrainStep(parallel, weights, finish, micro_batches, tables, stream, recipe.data.seq_len, dtype)
     meter = _meter(recipe, mesh, precision, collectives)
-    callbacks = _callbacks(recipe, rank, signal, console, meter, corpus.tokenizer) + (extra or [])
+    callbacks = _callbacks(recipe, rank, signal, console, meter, _companions(recipe, corpus)) + (extra or [])
     loop = Loop(recipe, run, mesh, collectives, weights, step, loader, holdout, meter, callbacks)
     if rank == 0:
         _banner(loop, precision.name, table.describe(), micro_batches, corpus.samples, say)
@@ -140,16 +143,24 @@ def _peak_memory_gib() -> float:
 
 
 def _callbacks(
-    recipe: Recipe, rank: int, signal: StopSignal, console: RichConsole, meter: Meter, tokenizer: Path | None
+    recipe: Recipe, rank: int, signal: StopSignal, console: RichConsole, meter: Meter, companions: dict[str, str]
 ) -> list[Callback]:
     """In order: what changes the run first, then what reports, the summary last."""
     memory_kind = "allocator peak" if machine.device() == "Ascend" else "peak RSS"
-    callbacks: list[Callback] = [Signals(signal), Checkpointer(tokenizer)]
+    callbacks: list[Callback] = [Signals(signal), Checkpointer(companions)]
     if rank == 0:
         batch = recipe.train.global_batch
         tags = metrics.tags(recipe.metrics.tags, meter.flops_per_token, recipe.machine.rank.memory_gib)
         callbacks += [Console(console), MetricsFile(), TensorBoard(tags, batch)]
     return [*callbacks, Summary(memory_kind)]
+
+
+def _companions(recipe: Recipe, corpus: Corpus) -> dict[str, str]:
+    """What makes a checkpoint a weight directory: the model's config, and its tokenizer where the recipe names one."""
+    companions = {CONFIG: yaml_of_config(recipe.model)}
+    if corpus.tokenizer:
+        companions["tokenizer.json"] = corpus.tokenizer.read_bytes().decode()
+    return companions
 
 
 def _speaker(console: RichConsole, rank: int) -> Callable[[str], None]:

@@ -1,13 +1,16 @@
 """Checkpoints: a folder `step-00000010` of safetensors under parameter names, valid once its manifest is.
 
-    model.safetensors, model.yaml             parameters in global shapes, and the model: a weight directory of Busway's
+    model.safetensors, model.yaml             parameters and the model: a weight directory of Busway's
     tokenizer.json                            the text's tokenizer, where the recipe names one
     first.safetensors, second.safetensors     the optimizer's moments
     state.json                                step, samples, the callbacks' state
     manifest.json                             size and SHA-256 of each file
 
 The folder is written under another name, flushed to disk and renamed, so that a folder of that name is whole; the
-manifest shows later damage. Names and shapes are those of `ModelConfig.parameters()`, whatever the layout was.
+manifest shows later damage. Names are those of `ModelConfig.parameters()`, whatever the layout was. Where ranks hold
+slices, each writes its own into a file (`model-00001-of-00004.safetensors`) under the name and its region
+(``head.weight[0:512,0:128]``), with ZeRO the moments as runs of that laid out flat (``…@0:4096``), and any layout reads
+them.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,16 +26,15 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
-from models.config import ModelConfig
-from models.weights import Part, Reader
+from models.weights import Part, Piece, Reader, assemble, parse_key
 from trainer.errors import InputError
 from trainer.files import RUNS, flush, sha256_of, write_text
+from trainer.launch.rank import World, everywhere, from_rank_0
 from trainer.machine import writing_to
-from trainer.weight_files import CONFIG, SINGLE, save_safetensors, yaml_of_config
+from trainer.weight_files import SINGLE, save_safetensors
 
 STATE = "state.json"
 MANIFEST = "manifest.json"
-TOKENIZER = "tokenizer.json"
 UNFINISHED = ".unfinished"
 
 
@@ -50,60 +52,89 @@ class Checkpoint:
 
     @contextmanager
     def reader(self, kind: str) -> Iterator[Reader]:
-        """Reads `kind` (weights, first, second), one part of a parameter at a time.
+        """Reads `kind` (weights, first, second), one part of a parameter at a time, whatever pieces it lies in.
 
         Raises `InputError` where a parameter is missing or has another shape.
         """
-        with safe_open(self.path / _file(kind), framework="numpy") as file:
-            names = set(file.keys())
+        with ExitStack() as stack:
+            pieces: dict[str, list[Piece]] = {}
+            for path in sorted(self.path.glob(f"{_stem(kind)}*.safetensors")):
+                file = stack.enter_context(safe_open(path, framework="numpy"))
+                for key in file.keys():  # noqa: SIM118 (the library's object is no mapping)
+                    name, region, run = parse_key(key)
+                    pieces.setdefault(name, []).append((region, run, file.get_slice(key)))
 
             def read(part: Part) -> np.ndarray:
-                name, shape = part.spec.name, list(part.spec.shape)
-                if name not in names:
+                name, shape = part.spec.name, part.spec.shape
+                if name not in pieces:
                     raise InputError(f"{self.path} has no {name}; resume with the model that wrote it")
-                stored = file.get_slice(name)
-                if stored.get_shape() != shape:
+                whole = [stored.get_shape() for region, run, stored in pieces[name] if region is None and run is None]
+                if whole and whole[0] != list(shape):
                     raise InputError(
-                        f"{self.path}: {name} is {stored.get_shape()}, but the model's is {shape}; "
+                        f"{self.path}: {name} is {whole[0]}, but the model's is {list(shape)}; "
                         "resume with the model that wrote it"
                     )
-                return stored[part.slices]
+                try:
+                    return assemble(part, pieces[name])
+                except ValueError as error:
+                    raise InputError(f"{self.path}: {error}; resume with the model that wrote it") from error
 
             yield read
 
 
+Values = Callable[[], dict[str, np.ndarray]]
+"""Gives what one rank writes of a kind, by `Part.key`; called when it is written, so that one kind is held at once."""
+
+
 def save(
-    folder: Path, model: ModelConfig, kinds: Mapping[str, Callable[[], dict[str, np.ndarray]]], state: dict[str, Any],
-    keep: int, tokenizer: str | None = None,
+    folder: Path, world: World, kinds: Mapping[str, Values], companions: Mapping[str, str], state: dict[str, Any],
+    keep: int,
 ) -> Path:  # fmt: skip
     """Write `folder/step-…` for `state["step"]` and drop all but it and the `keep` - 1 before it; its path.
 
-    `kinds` is kind -> a function that gives parameter name -> value, so that one kind is held at a time; `tokenizer`
-    is the content of a tokenizer.json.
-    Raises `MachineError` on a full disk or a read-only folder, and then leaves earlier checkpoints as they are.
+    All ranks call, each with the `kinds` that it writes a file of. Rank 0 adds the `companions` (file
+    name -> content) and the state. Raises `MachineError` on every rank, on a full disk or a read-only folder, and then
+    leaves earlier checkpoints as they are.
     """
     final = folder / _name(state["step"])
     unfinished = final.with_name(final.name + UNFINISHED)
-    try:
+
+    def begin() -> None:
         with writing_to(folder):
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
-            for kind, values in kinds.items():
-                save_safetensors(unfinished / _file(kind), values())
-            write_text(unfinished / CONFIG, yaml_of_config(model), RUNS)
-            if tokenizer is not None:
-                write_text(unfinished / TOKENIZER, tokenizer, RUNS)
-            write_text(unfinished / STATE, json.dumps(state, indent=1), RUNS)
-            manifest = {file.name: _fingerprint(file) for file in sorted(unfinished.iterdir())}
-            write_text(unfinished / MANIFEST, json.dumps(manifest, indent=1), RUNS)
+
+    def write() -> dict[str, Any]:
+        """Fingerprints of the files that this rank writes."""
+        with writing_to(folder):
+            names = [_file(kind, writers[kind].index(world.rank), len(writers[kind])) for kind in kinds]
+            for name, values in zip(names, kinds.values(), strict=True):
+                save_safetensors(unfinished / name, values())
+            return {name: _fingerprint(unfinished / name) for name in names}
+
+    def commit() -> None:
+        with writing_to(folder):
+            manifest = {name: print for prints in written for name, print in prints.items()}
+            for name, text in {**companions, STATE: json.dumps(state, indent=1)}.items():
+                write_text(unfinished / name, text, RUNS)
+                manifest[name] = _fingerprint(unfinished / name)
+            write_text(unfinished / MANIFEST, json.dumps(dict(sorted(manifest.items())), indent=1), RUNS)
             shutil.rmtree(final, ignore_errors=True)
             unfinished.rename(final)
             flush(folder)
+        for old in _folders(folder)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    written_by = list(enumerate(world.all_gather(tuple(kinds))))
+    writers = {kind: [rank for rank, theirs in written_by if kind in theirs] for kind in kinds}
+    try:
+        from_rank_0(world, begin)
+        written = everywhere(world, write)
+        from_rank_0(world, commit)
     except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        if world.rank == 0:
+            shutil.rmtree(unfinished, ignore_errors=True)
         raise
-    for old in _folders(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
     return final
 
 
@@ -118,9 +149,13 @@ def _name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def _file(kind: str) -> str:
-    """Where a kind lies: the weights under the name that readers of weight directories look for."""
-    return SINGLE if kind == "weights" else f"{kind}.safetensors"
+def _stem(kind: str) -> str:
+    """How the files of a kind begin: the weights' as readers of weight directories look for them."""
+    return Path(SINGLE).stem if kind == "weights" else kind
+
+
+def _file(kind: str, writer: int, writers: int) -> str:
+    return f"{_stem(kind)}{'' if writers == 1 else f'-{writer + 1:05}-of-{writers:05}'}.safetensors"
 
 
 def check(path: Path) -> None:

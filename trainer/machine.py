@@ -48,15 +48,18 @@ def peak_memory_gib() -> float:
 
 
 def needed_memory_gib(
-    model: ModelConfig, tokens: int, item_bytes: int, accumulates: bool = False, reduces: bool = False
-) -> float:
-    """Memory that one rank needs for a step on `tokens` tokens at once.
+    model: ModelConfig, tokens: int, item_bytes: int, accumulates: bool = False, reduces: bool = False,
+    shares: int = 1, tp: int = 1,
+) -> float:  # fmt: skip
+    """Memory that one rank needs for a step on `tokens` tokens at once, of a model laid over `shares` ranks.
+
+    A pipeline has about as many micro-batches in flight as it has stages, so that `tp` alone lessens what is saved.
 
     Weights, gradients and two moments; the accumulated gradients; the reduced gradients and the message that they
     travel in; what the segments save, the gradient of the logits beside them, and the process itself.
     """
     copies = 4 + accumulates + 2 * reduces
-    elements = copies * model.parameter_count + tokens * (model.saved_elements_per_token() + model.vocab)
+    elements = copies * model.parameter_count / shares + tokens * (model.saved_elements_per_token() + model.vocab) / tp
     return elements * item_bytes / GIB + RESERVE_GIB
 
 

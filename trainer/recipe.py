@@ -55,17 +55,30 @@ class Recipe:
             f"must not exceed model.max_length {self.model.max_length}, but is {self.data.seq_len}",
             "shorten data.seq_len or raise model.max_length",
         )
-        check(
-            self.layout.dp is None or self.launcher.ranks is None or self.layout.dp == self.launcher.ranks,
-            "layout.dp",
-            f"must equal launcher.ranks {self.launcher.ranks}, but is {self.layout.dp}",
-            "leave one of them out, and it follows from the other",
-        )
-        dp = self.layout.dp or self.launcher.ranks or 1
-        share = max(1, self.train.global_batch // dp)
-        self.parallel_layout = Layout(dp=dp, micro_batch=self.layout.micro_batch or share)
+        self.parallel_layout = self._layout()
         self.parallel_layout.check_batch(self.train.global_batch)
+        self.parallel_layout.pipeline(self.train.global_batch)
+        self.parallel_layout.check_model(self.model, self.data.seq_len)
         self.machine.check_fits(self.parallel_layout.world_size)
+
+    def _layout(self) -> Layout:
+        """The layout with what was left out: dp from `launcher.ranks`, the micro-batch from the batch."""
+        keys, ranks = dataclasses.asdict(self.layout), self.launcher.ranks
+        if ranks and not keys["dp"]:
+            replica = Layout(**keys | {"dp": 1, "micro_batch": 1}).world_size
+            check(
+                ranks % replica == 0,
+                f"launcher.ranks {ranks}",
+                f"must be a multiple of the {replica} ranks of one replica",
+                f"set launcher.ranks={max(1, ranks // replica) * replica} (the nearest below), or change the layout",
+            )
+            keys["dp"] = ranks // replica
+        keys["dp"] = keys["dp"] or 1
+        keys["micro_batch"] = keys["micro_batch"] or max(1, self.train.global_batch // keys["dp"])
+        layout = Layout(**keys)
+        if ranks:
+            layout.check_world(ranks)
+        return layout
 
 
 def typed(config: DictConfig) -> Recipe:

@@ -5,8 +5,10 @@ trainer/data/settings.py, `launcher` in trainer/launch/settings.py, `topology` i
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from models.checks import check, check_above, check_at_least, check_choice
+from parallel.layout import ORDER
 
 
 @dataclass(kw_only=True)
@@ -117,12 +119,39 @@ class LayoutSettings:
     """Sizes of the parallel axes. Nothing here changes the numbers."""
 
     dp: int | None = None
-    """Ranks that share the global batch (data parallelism); left out, it follows from `launcher.ranks`."""
+    """Groups of ranks that share the global batch (data parallelism); left out, it follows from `launcher.ranks`."""
+    tp: int = 1
+    """Ranks that share every matrix of a layer (tensor parallelism)."""
+    sequence_parallel: bool = False
+    """Ranks of tp share the tokens of the stream between blocks too."""
+    pp: int = 1
+    """Pipeline ranks (pipeline parallelism)."""
+    vpp: int = 1
+    """Stages that each pipeline rank holds; `interleaved` needs 2 or more, the V schedules mean 2."""
+    schedule: str = "1f1b"
+    """Order of a pipeline's passes: `gpipe`, `1f1b`, `interleaved`, `zb_h1`, `zb_v` or `dualpipe_v`."""
+    stages: list[int] | None = None
+    """Layers of each stage; left out, stages are balanced with embedding and head counted as a layer each."""
+    cp: int = 1
+    """Ranks that share the tokens of every sequence (context parallelism)."""
+    cp_method: str = "ring"
+    """How attention brings them together: `ring`, `ulysses` (heads over ranks), or `hybrid`."""
+    cp_ulysses: int = 2
+    """Ranks of `cp` that `hybrid` exchanges heads among, with a ring over the others."""
+    zero: int = 0
+    """ZeRO: what ranks of `dp` x `cp` cut among them: 0 nothing, 1 the optimizer's state, 2 gradients too."""
+    zero_group: int | None = None
+    """Ranks that share one set of pieces, with copies across groups (HSDP); left out, all of `dp` x `cp`."""
+    recompute: Any = "none"
+    """What runs forward again instead of being saved: `none`, `selective` (attention's core), `full`, or a list of
+    layers."""
+    order: list[str] = field(default_factory=lambda: list(ORDER))
+    """Nesting of the axes over consecutive ranks, innermost first."""
     micro_batch: int | None = 1
     """Sequences that one rank computes at once; gradients add up over micro-batches. `null`: a rank's whole share."""
 
     def __post_init__(self) -> None:
-        for name in ("dp", "micro_batch"):
+        for name in ("dp", "micro_batch"):  # None means something here; Layout checks the others
             if getattr(self, name) is not None:
                 check_at_least(f"layout.{name}", getattr(self, name), 1)
 

@@ -181,10 +181,12 @@ def _check_memory(recipe: Recipe, local_ranks: int) -> None:
     layout = recipe.parallel_layout
     needed = machine.needed_memory_gib(
         recipe.model,
-        layout.micro_batch * recipe.data.seq_len,
+        layout.micro_batch * recipe.data.seq_len // layout.cp,
         precision.choose(recipe.train.precision, machine.device()).item_bytes,
         accumulates=layout.check_batch(recipe.train.global_batch) > 1,
-        reduces=layout.world_size > 1,
+        reduces=layout.dp * layout.cp > 1,
+        shares=layout.tp * layout.pp,
+        tp=layout.tp,
     )
     if machine.device() == "Ascend":
         machine.check_device_memory(needed, recipe.machine)

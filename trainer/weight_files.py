@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,8 +26,8 @@ from yaml import YAMLError
 
 from models import huggingface
 from models.checks import ConfigError
-from models.config import ModelConfig
-from models.weights import Part
+from models.config import ModelConfig, ParameterSpec
+from models.weights import Part, Region, assemble, parse_key
 from trainer.errors import InputError
 from trainer.files import flush
 
@@ -195,10 +195,15 @@ def _match(
 
 
 def _tensors(directory: Path) -> dict[str, Tensor]:
-    """Every tensor of a directory, from its single file or, as in transformers only without one, from the index."""
+    """Every tensor of a directory, from its single file or, as in transformers only without one, from the index.
+
+    A checkpoint whose ranks wrote slices has neither: its tensors are put together, in memory.
+    """
     if (directory / SINGLE).is_file():
         return _tensors_of_file(directory / SINGLE)
     index = directory / INDEX
+    if not index.is_file() and (slices := sorted(directory.glob(f"{Path(SINGLE).stem}-*-of-*.safetensors"))):
+        return _put_together(slices)
     if not index.is_file():
         raise InputError(
             f"{directory} has neither {SINGLE} nor {INDEX}; if its weights are in another format, save them as "
@@ -213,6 +218,25 @@ def _tensors(directory: Path) -> dict[str, Tensor]:
     for name, file in weight_map.items():
         if name not in tensors:
             raise InputError(f"{directory / file}: tensor {name} is missing, but {INDEX} lists it; download both again")
+    return tensors
+
+
+def _put_together(files: Sequence[Path]) -> dict[str, Tensor]:
+    """The tensors of which each of several files has slices."""
+    pieces: dict[str, list[tuple[Region | None, Tensor]]] = {}
+    for file in files:
+        for key, tensor in _tensors_of_file(file).items():
+            name, region, _ = parse_key(key)
+            pieces.setdefault(name, []).append((region, tensor))
+    tensors = {}
+    for name, held in pieces.items():
+        first = held[0][1]
+        kind = np.dtype("uint16" if first.dtype == "BF16" else _DTYPES[first.dtype])
+        shape = tuple(max(stops) for stops in zip(*([s for _, s in r] if r else t.shape for r, t in held), strict=True))
+        part = Part(ParameterSpec(name, shape, "normal"), tuple((0, size) for size in shape))
+        stored = [(region, None, tensor.data.view(kind).reshape(tensor.shape)) for region, tensor in held]
+        value = np.ascontiguousarray(assemble(part, stored))
+        tensors[name] = Tensor(first.file, first.dtype, shape, value.reshape(-1).view(np.uint8))
     return tensors
 
 

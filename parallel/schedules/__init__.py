@@ -9,7 +9,7 @@ from __future__ import annotations
 from parallel.schedules.check import RECEIVE, SEND, check_schedule, messages, peaks
 from parallel.schedules.draw import draw
 from parallel.schedules.generate import NAMES, make
-from parallel.schedules.schedule import BACKWARD, FORWARD, INPUT, WEIGHT, Action, Message, Schedule
+from parallel.schedules.schedule import BACKWARD, FORWARD, INPUT, V_SHAPED, WEIGHT, Action, Message, Schedule
 from parallel.schedules.simulate import Formula, Timeline, Times, bubble_formula, simulate
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "NAMES",
     "RECEIVE",
     "SEND",
+    "V_SHAPED",
     "WEIGHT",
     "Action",
     "Formula",

@@ -6,7 +6,7 @@ from mindspore import Tensor, nn
 
 from models.attention import rotary_tables
 from models.config import ModelConfig
-from models.decoder import Decoder
+from models.decoder import Decoder, decoder_segments
 from models.kernels import choose
 from models.weights import initial_reader
 
@@ -41,7 +41,7 @@ def flat(tree):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gradients_follow_the_loss_and_saved_activations_follow_the_config(variant):
     config = ModelConfig(layers=2, hidden=24, ffn=20, heads=4, kv_heads=2, vocab=50, **VARIANTS[variant])
-    model = Decoder(config, choose("auto", "fp64", "CPU"))
+    model = Decoder(decoder_segments(config, choose("auto", "fp64", "CPU")))
     assert sum(np.prod(weight.shape) for weight in model.weights) == config.parameter_count
 
     rng = np.random.default_rng(5)
@@ -78,7 +78,7 @@ class Halves(Both):
 
 def test_the_halves_of_the_backward_give_the_bits_of_the_whole():
     config = ModelConfig(layers=2, hidden=24, ffn=20, heads=4, kv_heads=2, vocab=50, tied_embeddings=True)
-    model = Decoder(config, choose("auto", "fp32", "CPU"))
+    model = Decoder(decoder_segments(config, choose("auto", "fp32", "CPU")))
     rng = np.random.default_rng(6)
     tokens, labels = (Tensor(rng.integers(0, 50, SEQ_LEN).astype(np.int32)) for _ in range(2))
     first_key = Tensor(np.zeros(SEQ_LEN, np.int32))

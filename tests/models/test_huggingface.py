@@ -18,7 +18,7 @@ from models import huggingface
 from models.attention import rotary_tables
 from models.checks import ConfigError
 from models.config import ModelConfig, RopeScaling
-from models.decoder import Decoder
+from models.decoder import Decoder, decoder_segments
 from models.kernels import choose, native
 from trainer.convert import read_weights
 
@@ -224,7 +224,7 @@ def test_logits_loss_and_gradients_are_those_of_transformers(family, kernels):
     ms.set_context(mode=ms.GRAPH_MODE)
     reference = load_file(FIXTURES / f"{family}.reference.safetensors")
     stored = read_weights(FIXTURES / family)
-    model = Decoder(stored.config, choose(kernels, "fp32", "CPU"))
+    model = Decoder(decoder_segments(stored.config, choose(kernels, "fp32", "CPU")))
     length = reference["input_ids"].shape[1]
     tokens, targets = (reference[name].astype(np.int32).reshape(-1) for name in ("input_ids", "targets"))
     cos, sin = rotary_tables(stored.config, length)

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from models import huggingface
 from models.checks import ConfigError
-from models.config import ModelConfig
+from parallel.collectives.local import LocalWorld
 from trainer import checkpoint, run_directory
 from trainer.compose import compose_recipe
 from trainer.errors import InputError
@@ -257,9 +257,9 @@ def test_a_folder_without_a_recipe_is_no_run(busway, straight):
 
 
 def save(folder, step, keep=2):
-    model = ModelConfig(layers=1, hidden=2, ffn=2, heads=1, kv_heads=1, vocab=2)
     tensors = {"weights": lambda: {"w": np.full(3, step, np.float32)}}
-    return checkpoint.save(folder, model, tensors, {"step": step, "samples": 0, "callbacks": {}}, keep)
+    state = {"step": step, "samples": 0, "callbacks": {}}
+    return checkpoint.save(folder, LocalWorld(), tensors, {"model.yaml": "layers: 2"}, state, keep)
 
 
 def test_going_back_to_a_step_removes_the_checkpoints_past_it(tmp_path):

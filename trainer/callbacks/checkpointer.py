@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from trainer import checkpoint
 from trainer.callbacks.base import Callback
 
 if TYPE_CHECKING:
     from trainer.loop import Loop
-    from trainer.step import Outcome, Weights
+    from trainer.step import Outcome
 
 
 class Checkpointer(Callback):
-    """Rank 0 writes, as all ranks hold the same weights; the others wait, so that its error finds nobody far ahead."""
+    """Every rank writes what it alone, or first of several, holds; `companions` (file name -> content) go along."""
 
-    def __init__(self, tokenizer: Path | None) -> None:
-        self.tokenizer = tokenizer.read_bytes().decode() if tokenizer else None
+    def __init__(self, companions: Mapping[str, str]) -> None:
+        self.companions = companions
         self.saved_step: int | None = None
 
     def on_start(self, loop: Loop) -> None:
@@ -41,21 +39,10 @@ class Checkpointer(Callback):
             self._save(loop)
 
     def _save(self, loop: Loop) -> None:
-        if loop.collectives.rank == 0:
-            kinds = {kind: partial(_values, loop.weights, kind) for kind in loop.weights.kinds()}
-            keep = loop.recipe.checkpoint.keep
-            checkpoint.save(loop.run.checkpoints, loop.model, kinds, state_of(loop), keep, self.tokenizer)
+        keep, weights = loop.recipe.checkpoint.keep, loop.weights
+        kinds = {kind: partial(weights.own, kind) for kind in weights.kinds() if weights.writes(kind)}
+        checkpoint.save(loop.run.checkpoints, loop.collectives.world, kinds, self.companions, state_of(loop), keep)
         self.saved_step = loop.step
-        loop.collectives.world.barrier()
-
-
-def _values(weights: Weights, kind: str) -> dict[str, np.ndarray]:
-    """Parameter name -> value of one kind, read from the device when it is asked for."""
-    return {
-        part.spec.name: value
-        for weight, parameter in zip(weights.specs, weights.kinds()[kind], strict=True)
-        for part, value in weight.split(parameter.asnumpy())
-    }
 
 
 def state_of(loop: Loop) -> dict[str, Any]:

@@ -217,6 +217,19 @@ def from_rank_0(world: World, attempt: Callable[[], Any]) -> Any:
     return value
 
 
+def everywhere(world: World, attempt: Callable[[], Any]) -> list[Any]:
+    """What `attempt` gives on every rank, by rank; an error of any, the first one's, is raised on all."""
+    try:
+        value = attempt()
+    except Exception as error:
+        value = error
+    values = world.all_gather(value)
+    for value in values:
+        if isinstance(value, Exception):
+            raise value
+    return values
+
+
 def shared_path_check(path: Path, world: World) -> None:
     """Check that all ranks see the directory `path` of rank 0; every rank raises the same `MachineError` if not."""
 

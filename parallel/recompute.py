@@ -1,0 +1,37 @@
+"""Recompute: which segments save their input alone and run forward again in the backward pass.
+
+`selective` merges attention with the projection behind it, so that neither its output nor its log-sum-exp is kept
+(Korthikanti et al., arXiv 2205.05198, recompute the core of attention); `full` merges a whole layer; a list of layers
+merges those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from models.attention import SelfAttention
+from models.layers import Linear
+from models.segments import Chain, Recompute, Segment
+from parallel.context import ContextAttention
+
+
+def recompute(segments: Sequence[Segment], which: str | Sequence[int]) -> list[Segment]:
+    """`segments` (embedding, layers, head) with the layers merged that `which` names (`layout.recompute`)."""
+    merged = list(segments)
+    for layer in range(len(segments) - 2):
+        if which == "selective":
+            merged[layer + 1] = _selective(segments[layer + 1])
+        elif which == "full" or (not isinstance(which, str) and layer in which):
+            merged[layer + 1] = Recompute(segments[layer + 1].segments)
+    return merged
+
+
+def _selective(segment: Segment) -> Segment:
+    if not isinstance(segment, Chain):
+        return segment
+    pieces = [_selective(child) for child in segment.segments]
+    for place, piece in enumerate(pieces[:-1]):
+        if isinstance(piece, SelfAttention | ContextAttention) and isinstance(pieces[place + 1], Linear):
+            pieces[place : place + 2] = [Recompute(pieces[place : place + 2])]
+            break
+    return type(segment)(pieces)
