@@ -215,13 +215,15 @@ class Layout:
             )
             return
         given = f"layout.stages [{','.join(map(str, self.stages))}]"
-        check(len(self.stages) == count, given, f"must give the layers of each of {count} stages", f"list {count}")
+        check(
+            len(self.stages) == count, given, f"must give the layers of each of {count} stages", f"list {count} numbers"
+        )
         total = sum(self.stages)
         check(total == layers, given, f"must add up to model.layers {layers}, but does to {total}", "change the list")
         check(
             min(self.stages) >= 0 and all(self.stages[1:-1]),
             given,
-            "must give every stage but the first and the last a layer",
+            "must give every stage but the first and the last a layer, and none fewer than 0",
             "move a layer there",
         )
 

@@ -19,7 +19,8 @@ FREE = (
 COMMANDS = (
     ("--help",), ("--version",), ("train", "--help"), ("data", "--help"), ("data", "build", "--help"),
     ("data", "inspect", "--help"), ("convert", "--help"), ("convert", "from-hf", "--help"),
-    ("convert", "to-hf", "--help"), ("train", "--help-keys"), ("train", "llama3_8b", "--cfg", "job"),
+    ("convert", "to-hf", "--help"), ("train", "--help-keys"), ("explain", "--help"),
+    ("train", "llama3_8b", "--cfg", "job"),
 )  # fmt: skip
 
 # Runs commands with MindSpore blocked, as an import of None is an ImportError; prints their exit codes.

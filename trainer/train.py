@@ -26,14 +26,26 @@ from trainer.run_directory import RunDirectory
 
 def register(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `busway train`."""
-    parser.add_argument(
-        "recipe", nargs="?", default=BUILT_IN, help=f"a packaged recipe ({', '.join(known_recipes())}) or a YAML file"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides: model.layers=2 lr=constant")
+    add_recipe(parser)
     parser.add_argument("--cfg", choices=["job"], help="print the composed recipe and do nothing")
     parser.add_argument("--multirun", "-m", action="store_true", help="run every combination of key=a,b in turn")
     parser.add_argument("--help-keys", action="store_true", help="print every key with its meaning")
     parser.set_defaults(run=run)
+
+
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that name a recipe and change it."""
+    parser.add_argument(
+        "recipe", nargs="?", default=BUILT_IN, help=f"a packaged recipe ({', '.join(known_recipes())}) or a YAML file"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides: model.layers=2 lr=constant")
+
+
+def recipe_of(args: argparse.Namespace) -> tuple[str, list[str]]:
+    """The recipe that was named, or the built-in one where an override stands in its place, and the overrides."""
+    if "=" in args.recipe or args.recipe[:1] in "~+":
+        return BUILT_IN, [args.recipe, *args.overrides]
+    return args.recipe, args.overrides
 
 
 def run(args: argparse.Namespace) -> int:
@@ -42,9 +54,7 @@ def run(args: argparse.Namespace) -> int:
         for key, kind, default, meaning in all_keys():
             print(f"{key}  ({kind}, {default})" if default else f"{key}  ({kind})", f"    {meaning}", sep="\n")
         return EXIT_DONE
-    name, overrides = args.recipe, args.overrides
-    if "=" in name or name[:1] in "~+":
-        name, overrides = BUILT_IN, [name, *overrides]
+    name, overrides = recipe_of(args)
     if not args.multirun:
         return _one(compose_recipe(name, overrides), args.cfg)
     jobs = sweep(overrides)

@@ -209,3 +209,14 @@ def test_help_keys_lists_every_key_with_its_meaning(capsys):
 
 def test_the_page_of_keys_is_made_from_the_dataclasses():
     assert KEYS_PAGE.read_text() == key_reference() + "\n", "make it again: python -m trainer.recipe > docs/keys.md"
+
+
+def test_explain_draws_the_timeline_of_the_pipeline(capsys):
+    words = ["layout.pp=2", "layout.schedule=zb_h1", "layout.micro_batch=2"]
+    assert cli.main(["explain", "tiny_dense", "--timeline", "layout.dp=1", *words]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[0] for line in lines[:2]] == ["0", "1"]
+    assert lines[0].count("F") == lines[1].count("F") == 4 and lines[1].count("W") == 4
+    assert "bubble" in lines[-1]
+    assert cli.main(["explain", "tiny_dense", "--timeline"]) == 2
+    assert "layout.pp is 1, so there is no pipeline to draw" in capsys.readouterr().err

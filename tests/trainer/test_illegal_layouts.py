@@ -1,0 +1,61 @@
+"""Layouts that cannot be: each is one line that names the axis, the rule and what would do, before anything starts."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from trainer import cli
+
+ILLEGAL = {
+    "tp=0": ("layout.tp must be at least 1, but is 0", "set layout.tp=1 or more"),
+    "tp=-2": ("layout.tp must be at least 1, but is -2", "set layout.tp=1 or more"),
+    "tp=3": ("layout.tp 3 must divide model.heads 8", "set layout.tp=2 (the nearest)"),
+    "tp=16": ("layout.tp 16 must divide model.heads 8", "set layout.tp=8 (the nearest)"),
+    "tp=8 sequence_parallel=true cp=32": ("layout.tp 8 must divide the 4 tokens", "set layout.tp=4 (the nearest)"),
+    "pp=0": ("layout.pp must be at least 1, but is 0", "set layout.pp=1 or more"),
+    "pp=11": ("11 stages must not exceed the 8 layers", "set layout.pp=10 (the nearest)"),
+    "pp=2 vpp=2": ("layout.vpp must be 1 for layout.schedule=1f1b", "set layout.vpp=1, or layout.schedule=interleaved"),
+    "pp=2 schedule=interleaved": ("layout.vpp must be at least 2", "set layout.vpp=2 (the nearest)"),
+    "pp=2 schedule=zb_v vpp=3": ("layout.vpp must be 2 for layout.schedule=zb_v", "set layout.vpp=2"),
+    "pp=6 vpp=2 schedule=interleaved": ("8 micro-batches must be a multiple of layout.pp 6", "set layout.pp=4"),
+    "pp=4 vpp=2 schedule=interleaved dp=4": ("2 micro-batches must be a multiple of layout.pp 4", "set layout.pp=2"),
+    "pp=4 schedule=dualpipe_v dp=2": ("4 micro-batches must be at least 2 x layout.pp 4 = 8", "set layout.pp=2"),
+    "pp=2 schedule=dualpip": ("layout.schedule must be one of", "did you mean 'dualpipe_v'?"),
+    "pp=2 stages=[8]": ("layout.stages [8] must give the layers of 2 stages", "list 2 numbers"),
+    "pp=2 stages=[3,4]": ("layout.stages [3,4] must add up to model.layers 8", "change the list"),
+    "pp=4 stages=[3,0,3,2]": ("must give every stage but the first and the last a layer", "move a layer there"),
+    "pp=2 stages=[9,-1]": ("none fewer than 0", "move a layer there"),
+    "cp=0": ("layout.cp must be at least 1, but is 0", "set layout.cp=1 or more"),
+    "cp=3": ("data.seq_len 128 must be a multiple of 6 for layout.cp 3", "set data.seq_len=126 or 132 (the nearest)"),
+    "cp=2 cp_method=rings": ("layout.cp_method must be one of ring", "did you mean 'ring'?"),
+    "cp=16 cp_method=ulysses": ("layout.cp 16 must divide the 8 heads", "set layout.cp=8 (the nearest)"),
+    "cp=8 tp=2 cp_method=ulysses": ("layout.cp 8 must divide the 4 heads", "set layout.cp=4 (the nearest)"),
+    "cp=4 cp_method=hybrid cp_ulysses=3": ("layout.cp_ulysses 3 must divide layout.cp 4", "set layout.cp_ulysses=2"),
+    "zero=3": ("layout.zero must be 0, 1 or 2, but is 3", "2 keeps the least"),
+    "zero=-1": ("layout.zero must be 0, 1 or 2, but is -1", "2 keeps the least"),
+    "dp=4 zero=2 zero_group=3": ("layout.zero_group 3 must divide dp 4 x cp 1 = 4", "set layout.zero_group=2"),
+    "dp=3": ("train.global_batch 8 must be a multiple of layout.dp 3", "set train.global_batch=6 or 9"),
+    "dp=16": ("train.global_batch 8 must be a multiple of layout.dp 16", "set train.global_batch=16"),
+    "micro_batch=3": ("must be a multiple of layout.dp 1 x layout.micro_batch 3", "set train.global_batch=6 or 9"),
+    "micro_batch=0": ("layout.micro_batch must be at least 1, but is 0", "set layout.micro_batch=1 or more"),
+    "order=[tp,dp,pp]": ("layout.order must name each of tp, cp, dp, pp once", "set layout.order=[tp,cp,dp,pp]"),
+    "order=[tp,tp,dp,pp]": ("layout.order must name each of tp, cp, dp, pp once", "set layout.order=[tp,cp,dp,pp]"),
+    "recompute=some": ("layout.recompute must be one of none, selective, full", "did you mean"),
+    "recompute=[8]": ("layout.recompute [8] must list layers from 0 to 7", "or set layout.recompute=selective"),
+}
+"""Keys of the layout of `tiny_dense` -> what must be said."""
+
+
+@pytest.mark.parametrize("layout", ILLEGAL)
+def test_an_illegal_layout_is_one_line_with_its_rule_and_what_would_do(layout, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "mindspore", None)
+    keys = ["layout.dp=1", "layout.micro_batch=1", *(f"layout.{key}" for key in layout.split())]
+    assert cli.main(["train", "tiny_dense", *keys]) == 2
+    printed = capsys.readouterr()
+    (line,) = printed.err.splitlines()
+    for text in ILLEGAL[layout]:
+        assert text in line
+    assert printed.out == "" and list(tmp_path.iterdir()) == []
