@@ -53,6 +53,7 @@ class Failure:
 
 def failure_of(error: BaseException, rank: int, log: Path) -> Failure:
     """`error` of `rank`: a known kind by its message, any other with its type and the log that has the traceback."""
+    rank = getattr(error, "rank", rank)  # of an error that all ranks raise, the one that it came from
     text = " ".join(str(error).split())[:MESSAGE_LENGTH]
     if isinstance(error, BuswayError | ConfigError):
         return Failure(rank, exit_code_of(error), text)

@@ -205,25 +205,23 @@ class World(Protocol):
 
 def from_rank_0(world: World, attempt: Callable[[], Any]) -> Any:
     """What `attempt` gives on rank 0, or its error, on every rank."""
-    value: Any = None
-    if world.rank == 0:
-        try:
-            value = attempt()
-        except Exception as error:
-            value = error
-    value = world.broadcast(value)
-    if isinstance(value, Exception):
-        raise value
-    return value
+    return _settled([world.broadcast(_outcome(world, attempt) if world.rank == 0 else None)])[0]
 
 
 def everywhere(world: World, attempt: Callable[[], Any]) -> list[Any]:
     """What `attempt` gives on every rank, by rank; an error of any, the first one's, is raised on all."""
+    return _settled(world.all_gather(_outcome(world, attempt)))
+
+
+def _outcome(world: World, attempt: Callable[[], Any]) -> Any:
     try:
-        value = attempt()
+        return attempt()
     except Exception as error:
-        value = error
-    values = world.all_gather(value)
+        error.rank = world.rank  # whose error it is, wherever it is raised (`failure_of`)
+        return error
+
+
+def _settled(values: list[Any]) -> list[Any]:
     for value in values:
         if isinstance(value, Exception):
             raise value
