@@ -23,7 +23,7 @@ ILLEGAL = {
     "pp=4 vpp=2 schedule=interleaved dp=4": ("2 micro-batches must be a multiple of layout.pp 4", "set layout.pp=2"),
     "pp=4 schedule=dualpipe_v dp=2": ("4 micro-batches must be at least 2 x layout.pp 4 = 8", "set layout.pp=2"),
     "pp=2 schedule=dualpip": ("layout.schedule must be one of", "did you mean 'dualpipe_v'?"),
-    "pp=2 stages=[8]": ("layout.stages [8] must give the layers of 2 stages", "list 2 numbers"),
+    "pp=2 stages=[8]": ("layout.stages [8] must give the layers of each of 2 stages", "list 2 numbers"),
     "pp=2 stages=[3,4]": ("layout.stages [3,4] must add up to model.layers 8", "change the list"),
     "pp=4 stages=[3,0,3,2]": ("must give every stage but the first and the last a layer", "move a layer there"),
     "pp=2 stages=[9,-1]": ("none fewer than 0", "move a layer there"),
