@@ -5,9 +5,10 @@ blocking call, its non-blocking one with the primitive's wait, and graphs of the
 form, and for the all-reduce (C++) on sixteen tensors. Prints the median milliseconds of one call on the slowest rank,
 then one line of JSON. What makes it fair:
 
-- All are called many times over on the same input and into the same output: MindSpore reuses the memory of a result
-  that nobody reads.
-- As in a training step, many calls share what calling a graph costs; that is printed too.
+- Everything is called many times over on the same input and into the same output: MindSpore reuses the memory of a
+  result that nobody reads.
+- A call is what one more of them adds: the difference of a long and a short series over that of their lengths, for
+  mpi4py alike. What a graph costs beside its calls, fresh memory for its first output included, is the column `beside`.
 - numpy would put arrays of 4 MiB and more on huge pages, which MindSpore's memory is not on, and MPI copies twice as
   fast between those. Here it does not (NUMPY_MADVISE_HUGEPAGE=0).
 
@@ -28,8 +29,11 @@ from functools import partial
 
 SIZES = (64 << 10, 1 << 20, 4 << 20, 16 << 20)
 PRIMITIVES = ("AllReduce", "AllGather", "ReduceScatter", "AllToAll", "Shift", "Broadcast")
-COLUMNS = ("mpi4py", "mpi4py_waiting", "native", "native_16", "python")
+FORMS = ("native", "python")
 MEMBERS = 16
+
+Series = Callable[[int], object]
+"""Makes so many calls."""
 
 
 def launch(ranks: int) -> int:
@@ -57,17 +61,33 @@ def bare(comm, primitive: str, x, y) -> tuple[Callable[[], object], Callable[[],
     return lambda: blocking(x, y), lambda: [starting(x, y)]
 
 
-def measure(comm, columns: dict[str, Callable[[], object]], calls: int, turns: int) -> dict[str, float]:
-    """The median milliseconds of one of the `calls` that each of `columns` makes."""
-    taken = {name: [] for name in columns}
-    for turn in range(turns + 2):
-        for name, call in columns.items():
-            comm.Barrier()
-            start = time.perf_counter()
+def repeated(call: Callable[[], object]) -> Series:
+    """A series of `call`."""
+
+    def several(times: int) -> None:
+        for _ in range(times):
             call()
+
+    return several
+
+
+def measure(comm, columns: dict[str, Series], size: int) -> dict[str, float]:
+    """Milliseconds of a call of each column, and as ``<column>_beside`` of a series beside its calls."""
+    short, turns = (32, 15) if size <= 1 << 20 else (8, 9)
+    taken: dict[str, list[float]] = {}
+    for turn in range(turns + 2):
+        for name, series in columns.items():
+            seconds = []
+            for times in (short, 3 * short):
+                comm.Barrier()
+                start = time.perf_counter()
+                series(times)
+                seconds.append(time.perf_counter() - start)
+            call = (seconds[1] - seconds[0]) / (2 * short)
             if turn >= 2:
-                taken[name].append(1e3 / calls * (time.perf_counter() - start))
-    return {name: comm.allreduce(sorted(times)[len(times) // 2], max) for name, times in taken.items()}
+                taken.setdefault(name, []).append(1e3 * call)
+                taken.setdefault(f"{name}_beside", []).append(1e3 * (seconds[0] - short * call))
+    return {name: comm.allreduce(sorted(figures)[turns // 2], max) for name, figures in taken.items()}
 
 
 def worker() -> None:
@@ -83,24 +103,21 @@ def worker() -> None:
     from parallel.topology import Level, Plane, Rank, Topology
 
     class Graph(nn.Cell):
-        """`calls` runs of a primitive."""
+        """A graph of `times` calls of a primitive."""
 
-        def __init__(self, primitive: nn.Cell, calls: int) -> None:
+        def __init__(self, primitive: nn.Cell, times: int) -> None:
             super().__init__()
-            self.primitive, self.calls = primitive, calls
+            self.primitive, self.times = primitive, times
 
         def construct(self, *tensors):
             results = tensors
-            for _ in range(self.calls):
+            for _ in range(self.times):
                 results = self.primitive.forward(tensors)
             return results
 
-    def over(times: int, call: Callable[[], object]) -> Callable[[], None]:
-        def several() -> None:
-            for _ in range(times):
-                call()
-
-        return several
+    def graphs(primitive: nn.Cell, tensors: tuple) -> Series:
+        made: dict[int, Graph] = {}
+        return lambda times: made.setdefault(times, Graph(primitive, times))(*tensors)
 
     ms.set_context(mode=ms.GRAPH_MODE, device_target="CPU")
     ms.runtime.dispatch_threads_num(1)
@@ -108,13 +125,8 @@ def worker() -> None:
     level = Level("machine", 0, None, None, None, None, Plane("memory", None))
     mesh = Mesh(Layout(dp=comm.size), Topology("here", Rank("process", None, None, {}), (level.plane,), (level,)))
     native = mpi.LIBRARY.exists()
-    forms = {"python": Collectives(mesh, mpi.MpiBackend(native=False))}
-    if native:
-        forms["native"] = Collectives(mesh, mpi.MpiBackend(native=True))
+    forms = {form: Collectives(mesh, mpi.MpiBackend(native=form == "native")) for form in FORMS[not native :]}
     channel = forms["python"].Channel("dp", "benchmark")
-
-    def waiting(starting: Callable[[], list]) -> None:
-        mpi.wait(starting())
 
     def through_channel(tensor: Tensor) -> None:
         arrival = channel.receive(tensor.shape, tensor.dtype, (comm.rank - 1) % comm.size)
@@ -123,42 +135,42 @@ def worker() -> None:
 
     rows = []
     for size in SIZES:
-        calls, turns = (128, 12) if size <= 1 << 20 else (32, 8)
         x = np.ones(size // 4, np.float32)
         one, many = (Tensor(x),), tuple(Tensor(part) for part in np.split(x, MEMBERS))
-        for primitive in PRIMITIVES:
-            grown = {"AllGather": x.size * comm.size, "ReduceScatter": x.size // comm.size}.get(primitive, x.size)
-            blocking, starting = bare(comm, primitive, x, np.empty(grown, np.float32))
-            columns = {"mpi4py": over(calls, blocking), "mpi4py_waiting": over(calls, partial(waiting, starting))}
-            for form, made in forms.items():
-                graph = Graph(getattr(made, primitive)("dp"), calls)
-                columns[form] = partial(graph, *one)
-                if (form, primitive) == ("native", "AllReduce"):
-                    columns["native_16"] = partial(graph, *many)
-            rows.append({"bytes": size, "primitive": primitive, **measure(comm, columns, calls, turns)})
+        for name in PRIMITIVES:
+            grown = {"AllGather": x.size * comm.size, "ReduceScatter": x.size // comm.size}.get(name, x.size)
+            blocking, starting = bare(comm, name, x, np.empty(grown, np.float32))
+            columns = {"mpi4py": repeated(blocking), "mpi4py_waiting": repeated(partial(waiting, mpi.wait, starting))}
+            primitives = {form: getattr(made, name)("dp") for form, made in forms.items()}
+            columns |= {form: graphs(primitive, one) for form, primitive in primitives.items()}
+            if native and name == "AllReduce":
+                columns["native_16"] = graphs(primitives["native"], many)
+            rows.append({"bytes": size, "primitive": name, **measure(comm, columns, size)})
         blocking, _ = bare(comm, "Shift", x, np.empty_like(x))
-        ours = over(calls, partial(through_channel, one[0]))
-        columns = {"mpi4py": over(calls, blocking), "native" if native else "python": ours}
-        rows.append({"bytes": size, "primitive": "Channel", **measure(comm, columns, calls, turns)})
+        columns = {"mpi4py": repeated(blocking), tuple(forms)[0]: repeated(partial(through_channel, one[0]))}
+        rows.append({"bytes": size, "primitive": "Channel", **measure(comm, columns, size)})
     channel.check_drained()
-    empty = Graph(forms["python"].AllReduce("pp"), 1)
-    scalar = Tensor(np.zeros(1, np.float32))
-    graph_call = measure(comm, {"graph": lambda: empty(scalar)}, 1, 50)["graph"]
     if comm.rank == 0:
-        report(comm.size, "native" if native else "python", graph_call, rows)
+        report(comm.size, tuple(forms)[0], rows)
 
 
-def report(ranks: int, form: str, graph_call: float, rows: list[dict]) -> None:
+def waiting(wait: Callable[[list], None], starting: Callable[[], list]) -> None:
+    """A non-blocking call, and the wait for it."""
+    wait(starting())
+
+
+def report(ranks: int, form: str, rows: list[dict]) -> None:
     """Print the table and the line of JSON."""
-    print(f"milliseconds of a call over {ranks} ranks, float32, median; calling a graph costs {graph_call:.3f}")
-    print("primitive           bytes" + "".join(f"{name:>16}" for name in COLUMNS) + f"{form + '/mpi4py':>16}")
+    columns = ("mpi4py", "mpi4py_waiting", *FORMS, "native_16", f"{form}_beside")
+    print(f"milliseconds of a call over {ranks} ranks, float32, median")
+    print("primitive           bytes" + "".join(f"{name:>16}" for name in (*columns, f"{form}/mpi4py")))
     ratios: dict[str, dict[str, float]] = {}
     for row in rows:
         ratio = round(row[form] / row["mpi4py"], 3)
         ratios.setdefault(row["primitive"], {})[str(row["bytes"])] = ratio
-        cells = "".join(f"{row[name]:>16.3f}" if name in row else f"{'':>16}" for name in COLUMNS)
+        cells = "".join(f"{row[name]:>16.3f}" if name in row else f"{'':>16}" for name in columns)
         print(f"{row['primitive']:<14}{row['bytes']:>11,}{cells}{ratio:>16.2f}")
-    print(json.dumps({"ranks": ranks, "form": form, "ratio_mpi4py": ratios, "graph_call": graph_call, "rows": rows}))
+    print(json.dumps({"ranks": ranks, "form": form, "ratio_mpi4py": ratios, "rows": rows}))
 
 
 if __name__ == "__main__":

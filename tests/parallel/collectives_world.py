@@ -27,7 +27,7 @@ from parallel.layout import Layout
 from parallel.mesh import Mesh
 from parallel.topology import load
 
-AXES = ("dp", "tp", "cp", "dense", "ep")
+AXES = ("dp", "cp", "dense")
 PRIMITIVES = ("AllReduce", "AllGather", "ReduceScatter", "AllToAll", "Shift", "Broadcast")
 RUNS = 3
 DTYPES = ("float32", "float64", "int32", "float32", "float32", "float32", "bfloat16", "float32")
@@ -159,6 +159,9 @@ def try_form(made: Collectives) -> dict:
     seen["halves"] = made.AllReduce("dense")(every).astype(ms.float32).asnumpy()
     diagonal = made.subgroup("dense", (0, 3) if rank in (0, 3) else (1, 2))
     seen["subgroup"] = made.AllGather(diagonal)(Tensor(np.array([rank], np.int32))).asnumpy().tolist()
+    made.reset_traffic()
+    experts = made.AllGather("ep")(Tensor(np.array([rank], np.int32))).asnumpy().tolist()
+    seen["experts"] = experts, made.traffic().rows()[0]["axis"]
 
     for name in PRIMITIVES:
         made.reset_traffic()

@@ -25,10 +25,8 @@ SCRIPT = Path(__file__).with_name("collectives_world.py")
 LIBRARY = Path(collectives.__file__).with_name("_mpi_ops.so")
 GROUPS = {
     "dp": [(0, 2), (1, 3)],
-    "tp": [(0, 1), (2, 3)],
     "cp": [(0,), (1,), (2,), (3,)],
     "dense": [(0, 1, 2, 3)],
-    "ep": [(0, 1, 2, 3)],
 }
 PRIMITIVES = ("AllReduce", "AllGather", "ReduceScatter", "AllToAll", "Shift", "Broadcast")
 FORMS = [
@@ -189,9 +187,8 @@ def test_independent_calls_meet_in_one_order_on_all_ranks(world, form):
         for run, results in enumerate(seen[form]["independent"]):
             expected = []
             for i in range(4):
-                dp, tp = group_of("dp", rank), group_of("tp", rank)
-                expected.append(sum(i + 4 * peer + run for peer in dp))
-                expected.append(10 * (i + 4 * tp[tp.index(rank) - 1] + run))
+                expected.append(sum(i + 4 * peer + run for peer in group_of("dp", rank)))
+                expected.append(10 * (i + 4 * (rank ^ 1) + run))  # tp is (0, 1) and (2, 3)
                 expected.append(100 * sum(i + 4 * peer + run for peer in range(4)))
             assert results == expected
 
@@ -205,6 +202,11 @@ def test_every_bfloat16_survives_a_sum(world, script, form):
 @each_form
 def test_a_subgroup_is_the_ranks_at_its_places(world, form):
     assert [seen[form]["subgroup"] for seen in world[1]] == [[0, 3], [1, 2], [1, 2], [0, 3]]
+
+
+@each_form
+def test_axes_of_the_expert_view_have_rows_of_their_own(world, form):
+    assert [seen[form]["experts"] for seen in world[1]] == [([0, 1, 2, 3], "ep")] * 4
 
 
 @each_form
