@@ -39,7 +39,7 @@ class Parallelized:
     stages: dict[int, Decoder]
     """This rank's, by virtual stage; the whole model is stage 0 where there is no pipeline."""
     schedule: Schedule | None
-    """The pipeline's; None without one."""
+    """The pipeline's, or that of one stage with ZeRO 3; None where a step is one graph."""
     weights: tuple[Weight, ...]
     """What this rank holds, each once."""
     data: DataParallel
@@ -68,7 +68,7 @@ def parallelize(
         segments = recompute(segments, layout.recompute)
     stages = {0: Decoder(segments)}
     if schedule:
-        spans = cut(config.layers, schedule.stages, layout.stages)
+        spans = cut(config.layers, schedule.stages, layout.stages if layout.pp > 1 else None)
         own = schedule.stages_of(mesh.index("pp", rank))
         stages = {stage: Decoder([segments[i] for i in spans[stage]]) for stage in own}
     weights = tuple({weight.name: weight for stage in stages.values() for weight in stage.weights}.values())

@@ -9,11 +9,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from mindspore import Tensor, nn
+from mindspore import Tensor, nn, ops
 
 from models.kernels import Kernels
 from models.weights import Weight
-from parallel.collectives import Collectives
+from parallel.collectives import Collectives, Primitive
+from parallel.collectives.packing import size_of
+from parallel.layout import buckets
+
+_buckets = ops.constexpr(buckets)
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,24 @@ class Held(Weight):
     """The first and the last stage have it, each with a part of the gradient."""
 
 
+class Bucketed(nn.Cell):
+    """A collective on a tuple of tensors in messages of up to `limit` elements, each waiting for its own tensors alone:
+    the gradients of the last layers, which are there first, are under way while others are computed.
+    """
+
+    def __init__(self, primitive: Primitive, limit: int) -> None:
+        super().__init__(auto_prefix=False)
+        self.primitive, self.limit, self.map = primitive, limit, ops.HyperMap()
+
+    def forward(self, tensors):
+        """The collective of each tensor."""
+        spans = _buckets(self.map(size_of, tensors), self.limit)
+        results = ()
+        for start, stop in spans:
+            results = self.primitive.forward(tensors[start:stop]) + results
+        return results
+
+
 class DataParallel(nn.Cell):
     """What a step does with gradients between the backward pass and the optimizer, and with weights after it.
 
@@ -37,8 +59,10 @@ class DataParallel(nn.Cell):
     the trainer divides by the global count afterwards, so that plain sums suffice.
     """
 
-    whole = True
-    """Whether the optimizer writes the weights that graphs read; otherwise it has pieces of its own."""
+    publishes = False
+    """Whether the optimizer has pieces of its own, of which graphs read the whole weights."""
+    gathers = False
+    """Whether there are pieces alone, and graphs read weights that are gathered when they are needed."""
 
     def __init__(
         self, weights: Sequence[Weight], collectives: Collectives, kernels: Kernels, dtype: type = np.float32
@@ -48,7 +72,8 @@ class DataParallel(nn.Cell):
         self.all = tuple(range(len(self.weights)))
         self.first = collectives.mesh.index("loss", collectives.rank) == 0
         self.over_tp = collectives.AllReduce("tp")
-        self.over_tokens = collectives.AllReduce("loss")
+        self.limit = collectives.mesh.layout.bucket_mib * 2**20 // np.dtype(dtype).itemsize
+        self.over_tokens = Bucketed(collectives.AllReduce("loss"), self.limit)
         self.over_stages = collectives.AllReduce("pp")
         self.over_model = collectives.AllReduce(("pp", "tp"))
         self.summed = tuple(i for i, weight in enumerate(weights) if getattr(weight, "summed", False))
@@ -74,12 +99,12 @@ class DataParallel(nn.Cell):
 
         sums: [loss sum, valid tokens, wishes to stop]; gradients: a tensor a weight, as the optimizer takes them.
         """
-        reduced = self.over_tokens.forward((sums,) + collected)
-        return reduced[0], self.complete(reduced[1:])
+        reduced = self.over_tokens.forward(collected + (sums,))
+        return reduced[-1], self.complete(reduced[:-1])
 
     def evaluation(self, sums):
         """[loss sum, valid tokens] over all tokens, of a pass without gradients."""
-        return self.over_stages.forward(self.over_tokens.forward(sums))
+        return self.over_stages.forward(self.over_tokens.forward((sums,))[0])
 
     def complete(self, gradients):
         """The gradients with those summed of which the ranks of one replica of the model have parts."""

@@ -6,6 +6,7 @@ A `Layout` is what the planner returns, the trainer runs, the checkpoint records
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from models.checks import check, check_at_least, check_choice
@@ -46,9 +47,15 @@ class Layout:
     stages: tuple[int, ...] | None = None
     """Layers of each virtual stage; None balances them, embedding and head counted as a layer each."""
     zero: int = 0
-    """ZeRO: what the ranks of dp x cp cut: 0 nothing, 1 the optimizer's state, 2 gradients too."""
+    """ZeRO: what the ranks of dp x cp cut: 0 nothing, 1 the optimizer's state, 2 gradients too, 3 weights too."""
     zero_group: int | None = None
     """Ranks that share one set of pieces; None: all of dp x cp."""
+    prefetch: bool = False
+    """ZeRO 3 gathers the next segment's weights before a segment runs."""
+    bucket_mib: int = 64
+    """Gradients travel over dp x cp in messages of up to as many MiB, the last layers' first; 0: in one."""
+    early_receive: bool = True
+    """A pipeline rank asks for what its next pass needs before it runs a pass."""
     recompute: str | tuple[int, ...] = "none"
     """What runs forward again instead of being saved: `none`, `selective`, `full`, or these layers."""
     ep: int = 1
@@ -75,15 +82,14 @@ class Layout:
             object.__setattr__(self, "vpp", 2)
         for axis in ("dp", "cp", "tp", "pp", "vpp", "cp_ulysses", "ep", "etp", "micro_batch"):
             check_at_least(f"layout.{axis}", getattr(self, axis), 1)
+        check_at_least("layout.bucket_mib", self.bucket_mib, 0)
         check(
             sorted(self.order) == sorted(ORDER),
             "layout.order",
             f"must name each of {', '.join(ORDER)} once, but is [{','.join(self.order)}]",
             f"set layout.order=[{','.join(ORDER)}] (innermost first)",
         )
-        check(
-            0 <= self.zero <= 2, "layout.zero", f"must be 0, 1 or 2, but is {self.zero}", "2 keeps the least on a rank"
-        )
+        check(0 <= self.zero <= 3, "layout.zero", f"must be 0 to 3, but is {self.zero}", "3 keeps the least on a rank")
         loss, group = self.dp * self.cp, self.zero_group
         check(
             group is None or (group > 0 and loss % group == 0),
@@ -129,10 +135,14 @@ class Layout:
         return self.micro_batch * seq_len // self.cp // (self.tp if self.sequence_parallel else 1)
 
     def pipeline(self, global_batch: int) -> schedules.Schedule | None:
-        """The schedule of one step; None without a pipeline. Raises `ConfigError` for what its rules forbid."""
-        if self.pp == 1:
-            return None
-        return schedules.make(self.schedule, self.pp, self.vpp, self.check_batch(global_batch))
+        """The schedule of one step; None where a step is one graph. Raises `ConfigError` for what its rules forbid.
+
+        ZeRO 3 walks its segments as a pipeline of one stage.
+        """
+        if self.pp > 1:
+            return schedules.make(self.schedule, self.pp, self.vpp, self.check_batch(global_batch))
+        walked = self.zero == 3 and self.dp * self.cp > 1
+        return schedules.make("1f1b", 1, 1, self.check_batch(global_batch)) if walked else None
 
     def check_model(self, config: ModelConfig, seq_len: int) -> None:
         """Raise `ConfigError` unless every axis divides what it cuts of a model and of sequences of `seq_len`."""
@@ -258,3 +268,17 @@ class Layout:
             f"set train.global_batch={f'{below} or {above}' if below else above} (the nearest)",
         )
         return count
+
+
+def buckets(sizes: Sequence[int], limit: int) -> tuple[tuple[int, int], ...]:
+    """(start, stop) of the tensors that travel in one message, the last first, of tensors of `sizes` elements.
+
+    A message has up to `limit` elements, or one tensor; 0: all are one message.
+    """
+    spans, stop, total = [], len(sizes), 0
+    for i in reversed(range(len(sizes))):
+        if limit and total and total + sizes[i] > limit:
+            spans.append((i + 1, stop))
+            stop, total = i + 1, 0
+        total += sizes[i]
+    return (*spans, (0, stop))

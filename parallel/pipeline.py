@@ -8,6 +8,7 @@ What a rank sends and receives follows from the schedule (`parallel.schedules`).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from models.decoder import Decoder
 from models.segments import Segment
 from parallel.collectives import Collectives
+from parallel.collectives.channel import Arrival
 from parallel.data import DataParallel
 from parallel.schedules import BACKWARD, FORWARD, INPUT, Action, Schedule
 
@@ -143,7 +145,8 @@ class Stage:
 class Engine:
     """Runs a schedule's actions of this rank, one micro-batch's tensors at a time.
 
-    `stages` are the rank's own by virtual stage; `shape` and `dtype` are those of the stream that ranks exchange.
+    `stages` are the rank's own by virtual stage, each a `Stage` or a `parallel.sharded.ShardedStage`; `shape` and
+    `dtype` are those of the stream that ranks exchange.
     """
 
     def __init__(
@@ -152,7 +155,10 @@ class Engine:
         self.schedule, self.stages = schedule, stages
         self.shape, self.dtype = shape, dtype
         self.rank = collectives.mesh.index("pp", collectives.rank)
-        self.channels = {direction: collectives.Channel("pp", direction) for direction in DIRECTIONS}
+        directions = DIRECTIONS if schedule.pp > 1 else ()
+        self.channels = {direction: collectives.Channel("pp", direction) for direction in directions}
+        self.early = collectives.mesh.layout.early_receive
+        self.asked: dict[Action, Arrival] = {}
         self.handed: dict[tuple[str, int, int], Tensor] = {}
         self.last = schedule.stages - 1
         self.nothing = Tensor(np.zeros(1, np.float32))
@@ -160,31 +166,33 @@ class Engine:
     def run(self, inputs: Sequence[Sequence[Tensor]]) -> list[Tensor]:
         """One step; the loss sums of the micro-batches, on the rank of the last stage.
 
-        inputs: tokens, labels and first keys of each micro-batch. Gradients are added to the stages' accumulators.
+        inputs: tokens, labels and first keys of each micro-batch. The stages add the gradients up.
         """
         return self._walk(self.schedule.actions[self.rank], inputs)
 
     def evaluate(self, inputs: Sequence[Sequence[Tensor]]) -> list[Tensor]:
         """The loss sums alone."""
-        forwards = [action for action in self.schedule.actions[self.rank] if action.kind == FORWARD]
-        losses = self._walk(forwards, inputs)
-        for stage in self.stages.values():
-            stage.saved.clear()
-        return losses
+        return self._walk([action for action in self.schedule.actions[self.rank] if action.kind == FORWARD], inputs)
 
     def _walk(self, actions: Sequence[Action], inputs: Sequence[Sequence[Tensor]]) -> list[Tensor]:
         losses = []
-        for action in actions:
+        keeps = any(action.kind != FORWARD for action in actions)
+        for action, following in zip_longest(actions, actions[1:]):
+            received = self._take(action)
+            if self.early and following:
+                self._ask(following)
             stage, micro_batch = self.stages[action.stage], action.micro_batch
             if action.kind == FORWARD:
-                x = self._take(action) if action.stage else inputs[micro_batch][0]
+                x = received if action.stage else inputs[micro_batch][0]
                 y = stage.forward(micro_batch, x, inputs[micro_batch])
+                if not keeps:
+                    stage.saved.clear()
                 if action.stage == self.last:
                     losses.append(y)
                 else:
                     self._give(action, y)
             elif action.kind in (BACKWARD, INPUT):
-                dy = self.nothing if action.stage == self.last else self._take(action)
+                dy = self.nothing if action.stage == self.last else received
                 half = stage.backward if action.kind == BACKWARD else stage.backward_input
                 dx = half(micro_batch, dy, inputs[micro_batch])
                 if action.stage:
@@ -205,11 +213,19 @@ class Engine:
         else:
             self.channels[message.direction].send(tensor, message.receiver)
 
-    def _take(self, action: Action) -> Tensor:
+    def _ask(self, action: Action) -> None:
         message = self.schedule.incoming(action)
-        if message is None:
-            return self.handed.pop((_direction(action), action.micro_batch, action.stage))
-        return self.channels[message.direction].receive(self.shape, self.dtype, message.sender).wait()
+        if message:
+            arrival = self.channels[message.direction].receive(self.shape, self.dtype, message.sender)
+            self.asked[action] = arrival
+
+    def _take(self, action: Action) -> Tensor | None:
+        """What the neighbouring stage made for `action`; None where there is none."""
+        if action not in self.asked:
+            self._ask(action)
+        if action in self.asked:
+            return self.asked.pop(action).wait()
+        return self.handed.pop((_direction(action), action.micro_batch, action.stage), None)
 
 
 def _direction(action: Action) -> str:

@@ -139,9 +139,16 @@ class LayoutSettings:
     cp_ulysses: int = 2
     """Ranks of `cp` that `hybrid` exchanges heads among, with a ring over the others."""
     zero: int = 0
-    """ZeRO: what ranks of `dp` x `cp` cut among them: 0 nothing, 1 the optimizer's state, 2 gradients too."""
+    """ZeRO: what ranks of `dp` x `cp` cut among them: 0 nothing, 1 the optimizer's state, 2 gradients too, 3 weights
+    too."""
     zero_group: int | None = None
     """Ranks that share one set of pieces, with copies across groups (HSDP); left out, all of `dp` x `cp`."""
+    prefetch: bool = False
+    """ZeRO 3 gathers the next layer's weights before a layer runs, at the cost of memory."""
+    bucket_mib: int = 64
+    """Gradients are summed over `dp` x `cp` in messages of up to as many MiB, the last layers' first; 0: in one."""
+    early_receive: bool = True
+    """A pipeline rank asks for what its next pass needs before it runs a pass; off, when it needs it."""
     recompute: Any = "none"
     """What runs forward again instead of being saved: `none`, `selective` (attention's core), `full`, or a list of
     layers."""

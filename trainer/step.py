@@ -21,6 +21,7 @@ from models.weights import Reader, Weight
 from parallel.apply import Parallelized
 from parallel.data import DataParallel
 from parallel.pipeline import Engine, Stage, Sums
+from parallel.sharded import ShardedStage, Shards
 from trainer.data.loader import Batch
 from trainer.settings import OptimizerSettings
 
@@ -42,15 +43,17 @@ class Outcome:
 class Weights:
     """A rank's weights, and what the optimizer has of them, as MindSpore Parameters in the order of `specs`.
 
-    `values` are what graphs read; `masters` what the optimizer writes (the same, or pieces: `data` says), with two
-    moments each.
+    `values` are what graphs read, or gather from; `masters` what the optimizer writes (the same, or pieces: `data`
+    says), with two moments each.
     """
 
     def __init__(self, specs: Sequence[Weight], data: DataParallel, read: Reader, dtype: type) -> None:
         self.specs, self.data, self.dtype = tuple(specs), data, dtype
-        self.values = ParameterTuple([_parameter(weight.stack(read), dtype, weight.name) for weight in specs])
+        held = data.cut if data.gathers else lambda weight, value: value
+        starts = ((weight.name, held(weight, weight.stack(read))) for weight in specs)
+        self.values = ParameterTuple([_parameter(value, dtype, name) for name, value in starts])
         self.masters = self.values
-        if not data.whole:
+        if data.publishes:
             cut = [data.cut(weight, value.asnumpy()) for weight, value in zip(specs, self.values, strict=True)]
             self.masters = ParameterTuple(
                 [_parameter(value, dtype, f"master.{weight.name}") for weight, value in zip(specs, cut, strict=True)]
@@ -237,28 +240,24 @@ class TrainStep:
     ) -> None:  # fmt: skip
         self.dtype, self.seq_len, self.positions = dtype, seq_len, parallel.positions
         self.total = Total(parallel.data)
-        self.publish = None if parallel.data.whole else Publish(weights)
+        self.publish = Publish(weights) if parallel.data.publishes else None
         self.whole = self.engine = None
         tables = tuple(Tensor(table) for table in tables)
-        if parallel.schedule is None and micro_batches == 1:
+        if parallel.schedule is None:
             gradients = Gradients(parallel.stages[0], weights.values, tables)
-            self.whole, self.evaluation = WholeStep(gradients, finish), Evaluation(gradients)
-            return
+            self.evaluation = Evaluation(gradients)
+            if micro_batches == 1:
+                self.whole = WholeStep(gradients, finish)
+                return
         shapes = [parallel.data.collected(weight) for weight in weights.specs]
         names = [f"accumulated.{weight.name}" for weight in weights.specs]
         accumulators = ParameterTuple([_parameter(np.zeros(s), dtype, n) for s, n in zip(shapes, names, strict=True)])
         self.finish = FinishAccumulated(finish, accumulators)
         if parallel.schedule is None:
-            gradients = Gradients(parallel.stages[0], weights.values, tables)
-            sums = Sums(parallel.data, accumulators, range(len(accumulators)))
-            self.accumulate, self.evaluation = Accumulate(gradients, sums), Evaluation(gradients)
+            self.accumulate = Accumulate(gradients, Sums(parallel.data, accumulators, parallel.data.all))
             return
-        places = {weight.name: place for place, weight in enumerate(weights.specs)}
-        stages = {}
-        for number, decoder in parallel.stages.items():
-            own = [places[weight.name] for weight in decoder.weights]
-            values = tuple(weights.values[place] for place in own)
-            stages[number] = Stage(decoder, values, Sums(parallel.data, accumulators, own), tables)
+        make_stages = _sharded_stages if parallel.data.gathers else _stages
+        stages = make_stages(parallel, weights, accumulators, tables)
         self.engine = Engine(parallel.schedule, stages, parallel.collectives, shape, weights.values[0].dtype)
 
     def __call__(self, batch: Batch, lr: float, number: int, stop: bool) -> Outcome:
@@ -309,3 +308,25 @@ class TrainStep:
         """[micro-batches, this rank's tokens] of a field over whole sequences."""
         sequences = field.reshape(len(field), -1, self.seq_len)
         return np.ascontiguousarray(sequences[:, :, self.positions]).reshape(len(field), -1)
+
+
+def _stages(
+    parallel: Parallelized, weights: Weights, sums: ParameterTuple, tables: tuple[Tensor, ...]
+) -> dict[int, Stage]:
+    """The stages of this rank."""
+    places = {weight.name: place for place, weight in enumerate(weights.specs)}
+    stages = {}
+    for number, decoder in parallel.stages.items():
+        own = [places[weight.name] for weight in decoder.weights]
+        values = tuple(weights.values[place] for place in own)
+        stages[number] = Stage(decoder, values, Sums(parallel.data, sums, own), tables)
+    return stages
+
+
+def _sharded_stages(
+    parallel: Parallelized, weights: Weights, sums: ParameterTuple, tables: tuple[Tensor, ...]
+) -> dict[int, ShardedStage]:
+    """The same of ZeRO 3."""
+    prefetch = parallel.collectives.mesh.layout.prefetch
+    shards = Shards(weights.specs, weights.values, sums, tables, parallel.data, prefetch)
+    return {number: ShardedStage(decoder, shards) for number, decoder in parallel.stages.items()}
