@@ -1,4 +1,4 @@
-"""The shapes of one model, and what follows from them: parameters, FLOPs, saved activations. No MindSpore here."""
+"""The shapes of one model, and what follows from them: parameters and FLOPs. No MindSpore here."""
 
 from __future__ import annotations
 
@@ -180,18 +180,6 @@ class ModelConfig:
         matmul = self.layers * layer + self.vocab * self.hidden
         attention = self.layers * 6 * seq_len * self.heads * self.head_width
         return 6 * matmul + attention
-
-    def saved_elements_per_token(self) -> int:
-        """Activations that one token leaves for the backward pass, in elements, without recompute.
-
-        The sum of what the segments save (`models/decoder.py`): the inputs of norms and linears, the packed
-        qkv (twice with q/k-norm: before and after), attention's output and its log-sum-exp, gate and up.
-        """
-        attention = 2 * self.hidden + self.qkv_width * (2 if self.qk_norm else 1)
-        attention += self.heads * self.head_width + self.heads
-        feed_forward = 2 * self.hidden + 3 * self.ffn
-        head = 2 * self.hidden + self.vocab + 1
-        return self.layers * (attention + feed_forward) + head
 
 
 def nearest_divisor(number: int, wish: int) -> int:

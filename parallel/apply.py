@@ -23,9 +23,8 @@ from models.weights import Weight
 from parallel.collectives import Collectives
 from parallel.context import contextual, positions
 from parallel.data import DataParallel, Held
-from parallel.pipeline import cut
 from parallel.recompute import recompute
-from parallel.schedules import Schedule
+from parallel.schedules import Schedule, cut
 from parallel.tensor import TensorParallel
 from parallel.zero import Zero
 

@@ -119,7 +119,8 @@ class Mesh:
 
     def span(self, group: Sequence[int]) -> Level:
         """The outermost level that traffic inside `group` touches."""
-        return max((self.level_of(group[0], rank) for rank in group), key=lambda level: level.index)
+        positions = [self.placement[rank] for rank in group]  # a level holds all positions between two that it holds
+        return self.topology.level_of(min(positions), max(positions))
 
     def describe(self) -> str:
         """One line for the banner: the product identity, the machine and what each axis spans there."""

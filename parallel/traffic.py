@@ -19,9 +19,12 @@ JPDC 69(2), 2009:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
+from models.config import ModelConfig
+from parallel.layout import buckets
+from parallel.memory import Share
 from parallel.mesh import Axes, Mesh
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "int32": 4}
@@ -126,12 +129,167 @@ def maximum(accounts: Iterable[Traffic]) -> Traffic:
     return result
 
 
-def data_parallel(mesh: Mesh, rank: int, parameters: int, dtype: str, scalars: int = 0) -> Traffic:
-    """The gradient reduction of one step without ZeRO, as `rank` accounts for it.
+def step_traffic(
+    mesh: Mesh, rank: int, config: ModelConfig, seq_len: int, global_batch: int, dtype: str, linears: str | None = None
+) -> Traffic:
+    """What `rank` hands to primitives in one training step: from shapes alone, what a run counts.
 
-    One all-reduce over dp x cp: payload = (`parameters` that the rank holds + `scalars` that ride along) x bytes of
-    `dtype`, the dtype of gradients.
+    `dtype` is that of weights and gradients; `linears` that of what linears give, where their matmuls run in another
+    (bfloat16 on Ascend). Ranks at one place of the pipeline have the same payload; their wire depends on the placement.
     """
-    account = Traffic()
-    account.add(mesh, rank, "loss", "all_reduce", dtype, (parameters + scalars) * DTYPE_BYTES[dtype])
-    return account
+    return _Step(mesh, rank, config, seq_len, global_batch, dtype, linears or dtype).account
+
+
+def step_rows(
+    mesh: Mesh, config: ModelConfig, seq_len: int, global_batch: int, dtype: str, linears: str | None = None
+) -> list[dict[str, Any]]:
+    """The rows of `summary.json`: the maximum of `step_traffic` over all ranks."""
+    sizes = (config, seq_len, global_batch, dtype, linears)
+    return maximum(step_traffic(mesh, rank, *sizes) for rank in range(mesh.world_size)).rows()
+
+
+class _Step:
+    """One rank's account of one step, a method for each technique.
+
+    In formulas: M micro-batches; T tokens of one on this rank, H hidden, P ranks of tp, L layers of this rank.
+    """
+
+    def __init__(
+        self, mesh: Mesh, rank: int, config: ModelConfig, seq_len: int, global_batch: int, dtype: str, linears: str
+    ) -> None:
+        self.mesh, self.rank, self.config, self.layout = mesh, rank, config, mesh.layout
+        self.account, self.dtype, self.linears = Traffic(), dtype, linears
+        self.share = Share(config, self.layout, global_batch, mesh.index("pp", rank))
+        self.micro_batches, self.layers = self.share.micro_batches, len(self.share.layers)
+        self.tokens = self.layout.micro_batch * seq_len // self.layout.cp
+        self.stream = self.layout.stream_tokens(seq_len) * config.hidden
+        self.limit = int(self.layout.bucket_mib * 2**20) // DTYPE_BYTES[dtype]
+        self.tensor()
+        self.context()
+        self.pipeline()
+        if self.layout.zero and mesh.size("loss") > 1:
+            self.zero()
+        else:
+            self.data()
+        self.replica()
+
+    def add(
+        self, axes: Axes, collective: str, elements: int, calls: int = 1, dtype: str | None = None, **where: Any
+    ) -> None:
+        """`elements` in all, in `calls` messages, where there are any."""
+        if elements:
+            dtype = dtype or self.dtype
+            payload = elements * DTYPE_BYTES[dtype]
+            self.account.add(self.mesh, self.rank, axes, collective, dtype, payload, calls, **where)
+
+    def bucketed(self, axes: Axes, collective: str, sizes: Sequence[int], times: int = 1, **where: Any) -> None:
+        """Tensors of `sizes` elements in messages of up to `layout.bucket_mib`."""
+        self.add(axes, collective, times * sum(sizes), times * len(buckets(sizes, self.limit)), **where)
+
+    def near(self, axes: Axes, count: int) -> tuple[int, ...]:
+        """This rank's part of a group that is cut into parts of `count` neighbours."""
+        ranks = self.mesh.group(axes, self.rank)
+        first = ranks.index(self.rank) // count * count
+        return ranks[first : first + count]
+
+    def across(self, axes: Axes, count: int) -> tuple[int, ...]:
+        """The ranks at this one's place in each of those parts."""
+        ranks = self.mesh.group(axes, self.rank)
+        return ranks[ranks.index(self.rank) % count :: count]
+
+    def again(self, *kinds: str) -> int:
+        """Layers of this rank whose forward, or its attention, runs again."""
+        which = self.layout.recompute
+        if isinstance(which, str):
+            return self.layers if which in kinds else 0
+        return sum(layer in which for layer in self.share.layers)
+
+    def tensor(self) -> None:
+        """Blocks are entered and left: a sum of T H where forwards leave (embedding 1, layer 2, and 2 where it runs
+        again) and backwards enter (layer 2, head 1).
+
+        With sequence parallelism a sum is a reduce-scatter, and its transpose an all-gather of T H / P; the linears
+        where blocks are entered gather once more for the weights' gradients. The head gathers a log-sum-exp and a
+        target a token. Rows of keys and values that several ranks have are summed among them in each layer.
+        """
+        config, share, layout, m = self.config, self.share, self.layout, self.micro_batches
+        layers, again, heads = self.layers, self.again("full"), share.head
+        whole, left, others = self.tokens * config.hidden, 2 * (layers + again), share.embedding + 2 * layers + heads
+        summed = "reduce_scatter" if layout.sequence_parallel else "all_reduce"
+        self.add("tp", summed, m * left * whole, m * left, self.linears)
+        self.add("tp", summed, m * others * whole, m * others)
+        if layout.sequence_parallel:
+            gathers = m * (share.embedding + 6 * layers + 2 * again + 2 * heads)
+            self.add("tp", "all_gather", gathers * self.stream, gathers)
+        self.add("tp", "all_gather", m * heads * 2 * self.tokens, m)
+        copies = layout.tp // min(layout.tp, config.kv_heads)
+        rows = 2 * config.head_width * (config.hidden + config.qkv_bias)
+        self.add("tp", "all_reduce", m * layers * rows, m * layers, ranks=self.near("tp", copies))
+
+    def context(self) -> None:
+        """Ulysses exchanges a share of qkv and of the output, and their gradients back: T columns each. A ring of R
+        passes the block of keys and values on R-1 times, backward with its gradient, which goes on once more. What runs
+        forward again sends again."""
+        layout, width, inside, m = self.layout, self.config.head_width, self.layout.ulysses, self.micro_batches
+        queries, keys = self.config.heads // layout.tp, max(1, self.config.kv_heads // layout.tp)
+        share, backwards = max(1, keys // inside), m * self.layers
+        forwards = backwards + m * self.again("full", "selective")
+        passes, near = forwards + backwards, self.near("cp", inside)
+        elements = passes * self.tokens * width
+        self.add("cp", "all_to_all", elements * (queries + 2 * inside * share), passes, self.linears, ranks=near)
+        self.add("cp", "all_to_all", elements * queries, passes, ranks=near)
+        ring = self.across("cp", inside)
+        following, others = ring[(ring.index(self.rank) + 1) % len(ring)], len(ring) - 1
+        blocks, calls = others * (forwards + 2 * backwards) + backwards, others * passes + backwards
+        block = self.tokens * inside * 2 * share * width
+        self.add("cp", "send", blocks * block, calls, self.linears, ranks=ring, peer=following)
+
+    def pipeline(self) -> None:
+        """The stream of T H (T H / P with sequence parallelism) between stages on different ranks: forward to the next
+        stage and backward to the one before, once a micro-batch under every schedule."""
+        schedule, group = self.share.schedule, self.mesh.group("pp", self.rank)
+        for stage in self.share.stages if schedule else ():
+            for target in (stage - 1, stage + 1):
+                if 0 <= target < schedule.stages and schedule.rank_of(target) != self.share.place:
+                    m, peer = self.micro_batches, group[schedule.rank_of(target)]
+                    self.add("pp", "send", m * self.stream, m, peer=peer)
+
+    def data(self) -> None:
+        """Gradients, and with them the sums [loss, valid tokens, wishes to stop]."""
+        self.bucketed("loss", "all_reduce", [*self.share.pieces(), 3])
+
+    def zero(self) -> None:
+        """Over the k ranks of a shard group, with p = a weight's n / k and padding: gradients are reduce-scattered,
+        sum of k p, once a step (stage 1) or a micro-batch; weights gathered, sum of p, once a step, or in stage 3 by
+        segment for each forward and each backward. Across groups pieces are summed. The loss sums and the gradients'
+        square sum go alone.
+        """
+        share, m, stage = self.share, self.micro_batches, self.layout.zero
+        near, k, pieces = self.near("loss", share.shards), share.shards, share.pieces()
+        if stage == 1:
+            self.bucketed("loss", "reduce_scatter", [k * piece for piece in pieces], ranks=near)
+        elif stage == 2:
+            for span in share.stages.values():
+                self.bucketed("loss", "reduce_scatter", [k * piece for piece in share.pieces(span)], m, ranks=near)
+        else:
+            own, passes = sum(sum(share.pieces([i])) for i in share.segments), m * len(share.segments)
+            self.add("loss", "all_gather", 2 * m * own, 2 * passes, ranks=near)
+            self.add("loss", "reduce_scatter", m * k * own, passes, ranks=near)
+        if stage < 3:
+            self.bucketed("loss", "all_gather", pieces, ranks=near)
+        self.bucketed("loss", "all_reduce", pieces, ranks=self.across("loss", k))
+        self.add("loss", "all_reduce", 3)
+        self.add("loss", "all_reduce", 1, ranks=near)
+
+    def replica(self) -> None:
+        """Gradients of which ranks of one replica have parts: norms with sequence parallelism and q/k-norms over tp,
+        a tied embedding over the first and the last place of the pipeline. Then the loss sums and the square sum."""
+        kinds = ("q_norm", "k_norm", *(["norm"] if self.layout.sequence_parallel else []))
+        weights = self.share.weights()
+        parts = [shape for name, shape in weights.items() if name.removesuffix(".weight").endswith(kinds)]
+        self.add("tp", "all_reduce", sum(map(self.share.piece, parts)))
+        if self.share.tied:
+            group = self.mesh.group("pp", self.rank)
+            embedding = self.share.piece(weights["embedding.weight"])
+            self.add("pp", "all_reduce", embedding, ranks=(group[0], group[-1]))
+        self.add(("pp", "tp"), "all_reduce", 4)

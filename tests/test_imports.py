@@ -12,9 +12,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FREE = (
     "models.config", "models.checks", "models.weights", "models.huggingface",
-    "parallel.topology", "parallel.layout", "parallel.mesh", "parallel.traffic", "parallel.schedules",
-    "trainer.cli", "trainer.train", "trainer.recipe", "trainer.compose", "trainer.run_directory", "trainer.checkpoint",
-    "trainer.convert", "trainer.launch", "trainer.launch.keeper", "trainer.launch.rank", "trainer.metrics",
+    "parallel.topology", "parallel.layout", "parallel.mesh", "parallel.traffic", "parallel.memory",
+    "parallel.schedules", "trainer.cli", "trainer.train", "trainer.recipe", "trainer.compose", "trainer.run_directory",
+    "trainer.checkpoint", "trainer.convert", "trainer.launch", "trainer.launch.keeper", "trainer.launch.rank",
+    "trainer.metrics",
 )  # fmt: skip
 COMMANDS = (
     ("--help",), ("--version",), ("train", "--help"), ("data", "--help"), ("data", "build", "--help"),

@@ -16,6 +16,8 @@ from pathlib import Path
 import psutil
 
 from models.config import ModelConfig
+from parallel.layout import Layout
+from parallel.memory import Share, peak_saved_elements, state_bytes
 from parallel.topology import Topology
 from trainer.errors import MachineError
 
@@ -47,20 +49,19 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
 
 
-def needed_memory_gib(
-    model: ModelConfig, tokens: int, item_bytes: int, accumulates: bool = False, reduces: bool = False,
-    shares: int = 1, tp: int = 1,
-) -> float:  # fmt: skip
-    """Memory that one rank needs for a step on `tokens` tokens at once, of a model laid over `shares` ranks.
+def needed_memory_gib(model: ModelConfig, layout: Layout, seq_len: int, global_batch: int, item_bytes: int) -> float:
+    """Memory that the fullest rank needs for a step."""
+    shares = [Share(model, layout, global_batch, place) for place in range(layout.pp)]
+    return max(_needed_bytes(share, seq_len, item_bytes) for share in shares) / GIB + RESERVE_GIB
 
-    A pipeline has about as many micro-batches in flight as it has stages, so that `tp` alone lessens what is saved.
 
-    Weights, gradients and two moments; the accumulated gradients; the reduced gradients and the message that they
-    travel in; what the segments save, the gradient of the logits beside them, and the process itself.
-    """
-    copies = 4 + accumulates + 2 * reduces
-    elements = copies * model.parameter_count / shares + tokens * (model.saved_elements_per_token() + model.vocab) / tp
-    return elements * item_bytes / GIB + RESERVE_GIB
+def _needed_bytes(share: Share, seq_len: int, item_bytes: int) -> int:
+    """What is kept from pass to pass; a micro-batch's gradients, with the message that they travel in and its result
+    where ranks add them up; what the segments save, and the gradient of the logits beside them."""
+    layout, state = share.layout, state_bytes(share, item_bytes)
+    gradients = (state.gathered or state.weights) * (3 if layout.dp * layout.cp > 1 else 1)
+    logits = share.head * (layout.micro_batch * seq_len // layout.cp) * share.config.vocab // layout.tp
+    return sum(state) + gradients + item_bytes * (peak_saved_elements(share, seq_len) + logits)
 
 
 def check_memory(needed_gib_a_rank: float, ranks: int) -> None:

@@ -188,16 +188,9 @@ def _function_of(model: ModelConfig) -> dict[str, object]:
 
 
 def _check_memory(recipe: Recipe, local_ranks: int) -> None:
-    layout = recipe.parallel_layout
-    needed = machine.needed_memory_gib(
-        recipe.model,
-        layout.micro_batch * recipe.data.seq_len // layout.cp,
-        precision.choose(recipe.train.precision, machine.device()).item_bytes,
-        accumulates=layout.check_batch(recipe.train.global_batch) > 1,
-        reduces=layout.dp * layout.cp > 1,
-        shares=layout.tp * layout.pp,
-        tp=layout.tp,
-    )
+    item_bytes = precision.choose(recipe.train.precision, machine.device()).item_bytes
+    sizes = (recipe.data.seq_len, recipe.train.global_batch, item_bytes)
+    needed = machine.needed_memory_gib(recipe.model, recipe.parallel_layout, *sizes)
     if machine.device() == "Ascend":
         machine.check_device_memory(needed, recipe.machine)
     else:

@@ -11,6 +11,7 @@ from parallel.schedules.draw import draw
 from parallel.schedules.generate import NAMES, make
 from parallel.schedules.schedule import BACKWARD, FORWARD, INPUT, V_SHAPED, WEIGHT, Action, Message, Schedule
 from parallel.schedules.simulate import Formula, Timeline, Times, bubble_formula, simulate
+from parallel.schedules.split import cut
 
 __all__ = [
     "BACKWARD",
@@ -29,6 +30,7 @@ __all__ = [
     "Times",
     "bubble_formula",
     "check_schedule",
+    "cut",
     "draw",
     "make",
     "messages",

@@ -31,15 +31,11 @@ class Both(nn.Cell):
         context = (tokens, labels, first_key, self.cos, self.sin)
         loss, saved = self.model.forward(tokens, weights, context)
         _, gradients = self.model.backward(loss, saved, weights, context)
-        return loss, saved, gradients
-
-
-def flat(tree):
-    return [leaf for branch in tree for leaf in flat(branch)] if isinstance(tree, tuple | list) else [tree]
+        return loss, gradients
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_gradients_follow_the_loss_and_saved_activations_follow_the_config(variant):
+def test_gradients_follow_the_loss(variant):
     config = ModelConfig(layers=2, hidden=24, ffn=20, heads=4, kv_heads=2, vocab=50, **VARIANTS[variant])
     model = Decoder(decoder_segments(config, choose("auto", "fp64", "CPU")))
     assert sum(np.prod(weight.shape) for weight in model.weights) == config.parameter_count
@@ -55,10 +51,7 @@ def test_gradients_follow_the_loss_and_saved_activations_follow_the_config(varia
     def loss(weights):
         return float(both(tokens, labels, first_key, *map(Tensor, weights))[0].asnumpy()[0])
 
-    _, saved, gradients = both(tokens, labels, first_key, *map(Tensor, values))
-    elements = sum(leaf.size for leaf in flat(saved)) / (BATCH * SEQ_LEN)
-    saved_twice = config.layers * config.heads * config.head_width  # attention's output is the next linear's input
-    assert elements - saved_twice == config.saved_elements_per_token()
+    _, gradients = both(tokens, labels, first_key, *map(Tensor, values))
     for index, (weight, gradient) in enumerate(zip(model.weights, gradients, strict=True)):
         direction, step = rng.standard_normal(weight.shape), 1e-5
         moved = [[v + s * step * direction if i == index else v for i, v in enumerate(values)] for s in (1, -1)]
@@ -73,7 +66,7 @@ class Halves(Both):
         context = (tokens, labels, first_key, self.cos, self.sin)
         loss, saved = self.model.forward(tokens, weights, context)
         _, kept = self.model.backward_input(loss, saved, weights, context)
-        return loss, saved, self.model.backward_weight(kept)
+        return loss, self.model.backward_weight(kept)
 
 
 def test_the_halves_of_the_backward_give_the_bits_of_the_whole():
@@ -84,7 +77,7 @@ def test_the_halves_of_the_backward_give_the_bits_of_the_whole():
     first_key = Tensor(np.zeros(SEQ_LEN, np.int32))
     weights = [Tensor(w.stack(initial_reader(1, 0.3))) for w in model.weights]
     gradients = [
-        cell(model, *rotary_tables(config, SEQ_LEN))(tokens, labels, first_key, *weights)[2] for cell in (Both, Halves)
+        cell(model, *rotary_tables(config, SEQ_LEN))(tokens, labels, first_key, *weights)[1] for cell in (Both, Halves)
     ]
     for weight, whole, halves in zip(model.weights, *gradients, strict=True):
         np.testing.assert_array_equal(whole.asnumpy(), halves.asnumpy(), weight.name)

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from models.config import ModelConfig
 from parallel.layout import Layout
 from parallel.mesh import Mesh
-from parallel.traffic import Traffic, data_parallel, maximum
+from parallel.traffic import Traffic, step_rows, step_traffic
+
+CONFIG = ModelConfig(layers=2, hidden=8, ffn=12, heads=4, kv_heads=2, vocab=16)
+STEP = (CONFIG, 8, 4, "float32")  # model, sequence length, global batch, dtype
 
 
 class Wire:
@@ -109,23 +114,105 @@ def test_a_send_crosses_the_level_of_its_two_ranks(machine):
 
 
 def test_a_group_of_one_rank_has_no_row(machine):
-    account = data_parallel(Mesh(Layout(dp=1, tp=2), machine("any")), 0, 1000, "float32")
-    assert account.rows() == []
+    assert step_traffic(Mesh(Layout(dp=1, micro_batch=4), machine("any")), 0, *STEP).rows() == []
 
 
 def test_the_maximum_over_ranks_counts_payload_once_and_wire_on_every_level(machine):
-    mesh = Mesh(Layout(dp=4), machine(2, "any"))
-    accounts = [data_parallel(mesh, rank, 1000, "float32", scalars=2) for rank in range(4)]
-    rows = maximum(accounts).rows()
+    rows = step_rows(Mesh(Layout(dp=4), machine(2, "any")), *STEP)
     key = {"axis": "dp", "collective": "all_reduce", "dtype": "float32"}
-    # Ranks 0 and 2 have their next neighbour inside a, ranks 1 and 3 in b: each sends 2 * 3/4 of 1002 * 4 bytes.
+    # Ranks 0 and 2 have their next neighbour inside a, ranks 1 and 3 in b: each sends 2 * 3/4 of 1259 * 4 bytes.
     assert rows == [
-        {**key, "level": "a", "payload_bytes": 0, "wire_bytes": 6012, "calls": 0},
-        {**key, "level": "b", "payload_bytes": 4008, "wire_bytes": 6012, "calls": 1},
+        {**key, "level": "a", "payload_bytes": 0, "wire_bytes": 7554, "calls": 0},
+        {**key, "level": "b", "payload_bytes": 5036, "wire_bytes": 7554, "calls": 1},
     ]
 
 
-def test_data_parallel_reduces_over_replicas_and_context_ranks_together(machine):
-    mesh = Mesh(Layout(dp=2, cp=2, tp=2), machine("any"))
-    (row,) = data_parallel(mesh, 5, 10, "float64").rows()
-    assert row["axis"] == "dp x cp" and row["payload_bytes"] == 80 and row["wire_bytes"] == 120
+# Elements and calls, counted by hand for STEP: 1256 parameters; 8 tokens of hidden 8, so T H is 64; 4 micro-batches
+# where dp is 1. Sums of loss, valid tokens and wishes to stop are 3, and with the gradients' square sum 4.
+COUNTED = [
+    (Layout(dp=2), {"dp all_reduce": (1259, 1)}),
+    # 1 where the embedding leaves, 4 a layer, 1 where the head is entered; a log-sum-exp and a target a token.
+    (Layout(dp=1, tp=2), {"tp all_reduce": (4 * 10 * 64 + 4, 41), "tp all_gather": (4 * 16, 4)}),
+    (Layout(dp=1, tp=2, recompute="full"), {"tp all_reduce": (4 * 14 * 64 + 4, 57), "tp all_gather": (4 * 16, 4)}),
+    # Two ranks have the same head of keys and of values, 4 rows of 8.
+    (Layout(dp=1, tp=4), {"tp all_reduce": (4 * (10 * 64 + 2 * 32) + 4, 49), "tp all_gather": (4 * 16, 4)}),
+    (
+        Layout(dp=1, tp=2, sequence_parallel=True),
+        {
+            "tp reduce_scatter": (4 * 10 * 64, 40),
+            "tp all_gather": (4 * (15 * 32 + 16), 64),
+            "tp all_reduce": (5 * 8 + 4, 2),
+        },
+    ),
+    # A block of keys and values is 4 tokens of 8: passed on forward, backward with its gradient, and that once more.
+    (Layout(dp=1, cp=2), {"cp all_reduce": (1259, 1), "cp send": (4 * 2 * (32 + 64 + 32), 24)}),
+    (Layout(dp=1, cp=2, recompute=(1,)), {"cp all_reduce": (1259, 1), "cp send": (1024 + 4 * 32, 28)}),
+    (Layout(dp=2, cp=2, micro_batch=2), {"dp x cp all_reduce": (1259, 1), "cp send": (2 * 256, 6)}),
+    # 4 tokens of 16 columns of qkv and 8 of the output, and back.
+    (
+        Layout(dp=1, cp=2, cp_method="ulysses"),
+        {"cp all_reduce": (1259, 1), "cp all_to_all": (4 * 2 * (64 + 32) * 2, 32)},
+    ),
+    (Layout(dp=1, pp=2), {"pp send": (4 * 64, 4), "pp all_reduce": (4, 1)}),
+    (Layout(dp=1, pp=2, stages=(0, 2), schedule="gpipe"), {"pp send": (4 * 64, 4), "pp all_reduce": (4, 1)}),
+    # The turn of a V is no message.
+    (Layout(dp=1, pp=2, schedule="zb_v"), {"pp send": (4 * 2 * 64, 8), "pp all_reduce": (4, 1)}),
+    (Layout(dp=1, pp=2, vpp=2, schedule="interleaved"), {"pp send": (4 * 3 * 64, 12), "pp all_reduce": (4, 1)}),
+    (
+        Layout(dp=2, zero=1),
+        {"dp reduce_scatter": (1256, 1), "dp all_gather": (628, 1), "dp all_reduce": (3 + 1, 2)},
+    ),
+    (
+        Layout(dp=2, zero=2),
+        {"dp reduce_scatter": (2 * 1256, 2), "dp all_gather": (628, 1), "dp all_reduce": (3 + 1, 2)},
+    ),
+    # Four segments, each gathered for a forward and a backward.
+    (
+        Layout(dp=2, zero=3),
+        {"dp reduce_scatter": (2 * 1256, 8), "dp all_gather": (2 * 2 * 628, 16), "dp all_reduce": (3 + 1, 2)},
+    ),
+    # Two copies of two pieces each: pieces are summed across them.
+    (
+        Layout(dp=4, zero=1, zero_group=2),
+        {"dp reduce_scatter": (1256, 1), "dp all_gather": (628, 1), "dp all_reduce": (628 + 3 + 1, 3)},
+    ),
+]
+
+
+@pytest.mark.parametrize(("layout", "counted"), COUNTED)
+def test_a_step_moves_what_was_counted_by_hand(machine, layout, counted):
+    account = step_traffic(Mesh(layout, machine("any")), layout.world_size - 1, *STEP)
+    found = {
+        f"{axis} {collective}": (size / 4, calls) for (axis, collective, _), (size, calls) in account.payload.items()
+    }
+    assert found == counted
+
+
+def test_pieces_are_padded_weight_by_weight(machine):
+    """Of the layer's 6 weights of 8, 128, 64, 8, 192 and 96 elements three ranks have 3, 43, 22, 3, 64 and 32 each."""
+    account = step_traffic(Mesh(Layout(dp=3, zero=1), machine("any")), 0, CONFIG, 8, 3, "float64")
+    pieces = 2 * (3 + 43 + 22 + 3 + 64 + 32) + 43 + 3 + 43
+    assert account.payload["dp", "all_gather", "float64"] == (8 * pieces, 1)
+    assert account.payload["dp", "reduce_scatter", "float64"] == (8 * 3 * pieces, 1)
+
+
+def test_parts_of_gradients_are_summed_among_those_that_have_them(machine):
+    """A tied embedding of 16 x 8 over the ends of the pipeline, q/k-norms of 2 each over tp; with ZeRO their pieces."""
+    config = replace(CONFIG, tied_embeddings=True, qk_norm=True)
+    for zero, tied, norms in ((0, 64, 4), (1, 32, 2)):
+        layout = Layout(dp=2, pp=3, tp=2, stages=(1, 1, 0), zero=zero, order=("tp", "pp", "dp", "cp"))
+        mesh = Mesh(layout, machine("any"))
+        places = [step_traffic(mesh, 2 * place, config, 8, 2, "float32").payload for place in range(3)]
+        ends = [payload.get(("pp", "all_reduce", "float32")) for payload in places]
+        assert ends == [(4 * tied, 1), None, (4 * tied, 1)]
+        blocks = [payload["tp", "all_reduce", "float32"] for payload in places]
+        assert blocks == [(4 * (5 * 64 + norms), 6), (4 * (4 * 64 + norms), 5), (4 * 64, 1)]
+        assert all(payload["pp x tp", "all_reduce", "float32"] == (16, 1) for payload in places)
+
+
+def test_a_bucket_is_a_call_of_its_own(machine):
+    """1 MiB is 262144 elements: the sums, the head, four weights of the layer, two, its first norm, the embedding."""
+    config = ModelConfig(layers=1, hidden=256, ffn=256, heads=4, kv_heads=4, vocab=1024)
+    for mib, calls in ((1, 6), (2, 3), (0, 1), (64, 1)):
+        account = step_traffic(Mesh(Layout(dp=2, bucket_mib=mib), machine("any")), 0, config, 8, 2, "float32")
+        assert account.payload["dp", "all_reduce", "float32"] == (4 * (config.parameter_count + 3), calls)

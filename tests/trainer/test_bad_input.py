@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from parallel.layout import Layout
 from trainer import cli, machine, run_directory
 from trainer.compose import compose_recipe
 from trainer.data.indexed import IndexedWriter
@@ -298,7 +299,7 @@ def test_a_failed_start_leaves_no_run_directory_behind(fails, small_recipe, tmp_
 
 def test_memory_of_a_device_is_held_against_the_topology(small_recipe):
     recipe = compose_recipe("llama3_8b", ["model.layers=32"]).recipe
-    needed = machine.needed_memory_gib(recipe.model, 8192, 4)
+    needed = machine.needed_memory_gib(recipe.model, Layout(dp=1), 8192, 1, 4)
     with pytest.raises(MachineError, match=r"needs 1\d\d\.\d GiB a rank, but a die of cloudmatrix384 has 64\.0 GiB"):
         machine.check_device_memory(needed, recipe.machine)
     machine.check_device_memory(63.0, recipe.machine)

@@ -20,8 +20,7 @@ from models.checks import ConfigError
 from models.config import FLOPS_CONVENTION
 from parallel.layout import Layout
 from parallel.mesh import Mesh
-from parallel.topology import load
-from parallel.traffic import data_parallel, maximum
+from parallel.traffic import step_rows
 from trainer import cli, launch, machine, run_directory
 from trainer.compose import compose_recipe
 from trainer.data.indexed import IndexedWriter
@@ -120,10 +119,9 @@ def test_the_traffic_of_a_step_is_the_formula(run):
         "axis": "dp", "collective": "all_reduce", "dtype": "float32", "level": "machine",
         "payload_bytes": payload, "wire_bytes": payload, "calls": 1,
     }  # fmt: skip
-    topology = load(yaml.safe_load((run.path / "recipe.yaml").read_text())["topology"])
-    mesh = Mesh(Layout(dp=2), topology)
-    predicted = maximum(data_parallel(mesh, rank, run.summary["parameters"], "float32", scalars=3) for rank in (0, 1))
-    assert run.summary["traffic"] == predicted.rows()
+    recipe = compose_recipe(str(run.path / "recipe.yaml"), []).recipe
+    mesh = Mesh(recipe.parallel_layout, recipe.machine)
+    assert run.summary["traffic"] == step_rows(mesh, recipe.model, 32, 4, "float32")
 
 
 def test_tensorboard_reads_the_same_curves(run):

@@ -1,0 +1,133 @@
+"""What a rank holds, by formula, against what `parallelize` makes on stand-ins of the other ranks."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Tensor, nn, ops
+
+from models.attention import rotary_tables
+from models.config import ModelConfig
+from models.decoder import decoder_segments
+from models.kernels import choose
+from models.weights import initial_reader
+from parallel.apply import parallelize
+from parallel.collectives import Collectives
+from parallel.layout import Layout
+from parallel.memory import Share, peak_saved_elements, saved_elements, state_bytes
+from parallel.mesh import Mesh
+from trainer.step import Weights
+
+SEQ_LEN, GLOBAL_BATCH = 16, 12
+SHAPES = {"layers": 3, "hidden": 30, "ffn": 44, "heads": 8, "kv_heads": 2, "head_dim": 6, "vocab": 40}
+VARIANTS = {
+    "llama": {},
+    "qwen2": {"qkv_bias": True, "tied_embeddings": True},
+    "qwen3": {"qk_norm": True},
+}
+LAYOUTS = {
+    "one rank": Layout(dp=1, micro_batch=3),
+    "tp": Layout(dp=1, tp=2),
+    "tp beyond the heads of keys": Layout(dp=1, tp=4, recompute="selective"),
+    "sequence parallel": Layout(dp=1, tp=2, sequence_parallel=True, micro_batch=2),
+    "recompute": Layout(dp=1, tp=2, recompute=(1,)),
+    "recompute full": Layout(dp=1, tp=2, sequence_parallel=True, recompute="full"),
+    "ring": Layout(dp=1, cp=4),
+    "ulysses": Layout(dp=1, cp=2, cp_method="ulysses"),
+    "hybrid": Layout(dp=1, cp=4, tp=2, cp_method="hybrid", cp_ulysses=2),
+    "ring, selective": Layout(dp=1, cp=2, recompute="selective"),
+    "uneven stages": Layout(dp=1, pp=3, stages=(0, 2, 1)),
+    "v": Layout(dp=2, pp=2, schedule="zb_v", zero=2),
+    "interleaved": Layout(dp=1, pp=2, tp=2, vpp=2, schedule="interleaved"),
+    "zero 1": Layout(dp=4, zero=1, micro_batch=3),
+    "zero 3": Layout(dp=2, cp=2, zero=3),
+    "zero 3 over a pipeline": Layout(dp=4, pp=2, zero=3, zero_group=2),
+}
+
+
+class Alike(nn.Cell):
+    """A collective of which only the shapes of the results are right."""
+
+    def __init__(self, parts: tuple[int, int]) -> None:
+        super().__init__(auto_prefix=False)
+        self.parts = parts
+
+    def construct(self, tensors: tuple) -> tuple:
+        into, out = self.parts
+        if out > into:
+            return tuple(ops.concat([tensor] * out, 0) for tensor in tensors)
+        return tuple(tensor[: len(tensor) * out // into] for tensor in tensors)
+
+
+def made(config: ModelConfig, layout: Layout, place: int, machine):
+    """The model as the first rank at `place` of the pipeline holds it."""
+    mesh = Mesh(layout, machine("any"))
+    rank = mesh.groups("pp")[0][place]
+    backend = SimpleNamespace(
+        world=SimpleNamespace(rank=rank, size=mesh.world_size),
+        dtypes=("float32", "int32"),
+        operator=lambda collective: Alike(collective.parts),
+    )
+    kernels = choose("plain", "fp32", "CPU")
+    segments = decoder_segments(config, kernels)
+    schedule = layout.pipeline(GLOBAL_BATCH)
+    return parallelize(segments, config, kernels, Collectives(mesh, backend), schedule, SEQ_LEN, np.float32)
+
+
+@pytest.fixture(autouse=True)
+def pynative():
+    ms.set_context(mode=ms.PYNATIVE_MODE, device_target="CPU")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_weights_and_their_bytes_are_those_of_the_model(machine, name, variant):
+    config, layout = ModelConfig(**SHAPES, **VARIANTS[variant]), LAYOUTS[name]
+    for place in range(layout.pp):
+        model, share = made(config, layout, place, machine), Share(config, layout, GLOBAL_BATCH, place)
+        assert list(share.weights().items()) == [(weight.name, weight.shape) for weight in model.weights]
+        assert share.tied == any(getattr(weight, "tied", False) for weight in model.weights)
+        for stage, decoder in model.stages.items():
+            assert list(share.weights(share.stages[stage])) == [weight.name for weight in decoder.weights]
+
+        held = Weights(model.weights, model.data, initial_reader(0, 0.02), np.float32)
+        masters = () if held.masters is held.values else held.masters
+        state = state_bytes(share, 4)
+        assert state.weights == sum(value.nbytes for value in held.values)
+        assert state.optimizer == sum(value.nbytes for value in (*masters, *held.first, *held.second))
+        collected = sum(int(np.prod(model.data.collected(weight))) for weight in model.weights)
+        assert state.gradients == (4 * collected if layout.check_batch(GLOBAL_BATCH) > 1 or layout.pp > 1 else 0)
+
+
+@pytest.mark.parametrize("name", [name for name, layout in LAYOUTS.items() if layout.pp == 1 and not layout.zero])
+def test_segments_save_what_the_formula_says(machine, name):
+    config, layout = ModelConfig(**SHAPES, qk_norm=name != "tp"), LAYOUTS[name]
+    model = made(config, layout, 0, machine)
+    length = layout.micro_batch * SEQ_LEN
+    own = Tensor(np.zeros(length // layout.cp, np.int32))
+    tables = [Tensor(table[model.positions]) for table in rotary_tables(config, SEQ_LEN)]
+    context, x = (own, own, Tensor(np.zeros(length, np.int32)), *tables), own
+    for number, segment in enumerate(model.stages[0].segments):
+        values = tuple(Tensor(weight.stack(initial_reader(0, 0.02))) for weight in segment.weights)
+        x, saved = segment.forward(x, values, context)
+        once = {id(tensor): tensor.size for tensor in saved}  # attention's output is the next linear's input
+        assert sum(once.values()) == saved_elements(config, layout, SEQ_LEN, number)
+
+
+def test_micro_batches_in_flight_add_up():
+    config = ModelConfig(**SHAPES)
+    shares = [Share(config, Layout(dp=1, pp=2, stages=(2, 1)), GLOBAL_BATCH, place) for place in (0, 1)]
+    layer, head = (saved_elements(config, shares[0].layout, SEQ_LEN, segment) for segment in (1, 4))
+    assert [peak_saved_elements(share, SEQ_LEN) for share in shares] == [2 * 2 * layer, layer + head]
+
+
+def test_zero_3_has_one_segment_whole_or_two_with_prefetch():
+    config = ModelConfig(layers=2, hidden=8, ffn=12, heads=4, kv_heads=2, vocab=80, tied_embeddings=True)
+    layer = 2 * 8 + (4 + 2 * 2) * 2 * 8 + 8 * 8 + 3 * 8 * 12
+    embedding = 80 * 8
+    for prefetch, elements in ((True, layer + 8 + embedding), (False, 8 + embedding)):
+        share = Share(config, Layout(dp=4, zero=3, prefetch=prefetch), 4)
+        assert state_bytes(share, 8).gathered == 8 * elements
