@@ -10,7 +10,7 @@ OPERATORS := models/kernels/_native.so parallel/collectives/_mpi_ops.so
 UNBUILT := $(if $(shell command -v $(CXX) 2> /dev/null),$(filter-out $(wildcard $(OPERATORS)),$(OPERATORS)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow lint fixtures clean
+.PHONY: help setup train test test-slow layouts layouts-random lint fixtures clean
 
 help: ## Show what each target does
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -35,6 +35,12 @@ test: setup lint ## Run every fast test (under 15 minutes)
 
 test-slow: setup ## Run the tests that take minutes
 	$(BIN)/python -P -m pytest -m slow
+
+layouts: setup ## Train one model under every layout of tests/layouts/matrix.py and write docs/equality.md
+	$(BIN)/python -P -m pytest -m layouts tests/layouts/test_matrix.py --table docs/equality.md
+
+layouts-random: setup ## Train COUNT models under layouts that are drawn by SEED
+	$(BIN)/python -P -m pytest tests/layouts/test_random.py --seed $(or $(SEED),1) --count $(or $(COUNT),100)
 
 lint: setup ## Run ruff
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ import textwrap
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -156,6 +157,7 @@ def _type_name(hint: Any) -> str:
     return arguments[0].__name__ if arguments else hint.__name__
 
 
+@cache
 def _field_documents(cls: type) -> dict[str, str]:
     """Field name -> the string literal under it."""
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body

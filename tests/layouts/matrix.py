@@ -1,0 +1,123 @@
+"""Layouts that must train the model of one rank, by number of ranks: name -> keys.
+
+A key without a section is one of `layout`. Those of `model` choose the model, and with it the one-rank run that a
+layout is compared with.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+MODEL = (
+    "model.layers=2", "model.heads=8", "model.kv_heads=2", "model.vocab=304", "data.tokenizer=bpe:304",
+    "data.mask_documents=true", "train.global_batch=8", "optimizer.lr=3e-4",
+)  # fmt: skip
+TIED = "model.tied_embeddings=true model.qkv_bias=true"
+NORMED = "model.qk_norm=true"
+
+LAYOUTS = {
+    1: {
+        "one micro-batch": f"micro_batch=8 {NORMED}",
+        "recompute full": f"recompute=full {NORMED}",
+        "recompute selective": f"recompute=selective {NORMED}",
+        "recompute layer 1": f"recompute=[1] {NORMED}",
+    },
+    2: {
+        "tp": f"tp=2 {NORMED}",
+        "tp, tied": f"tp=2 {TIED}",
+        "tp, sequence parallel": f"tp=2 sequence_parallel=true micro_batch=2 {NORMED}",
+        "tp, sequence parallel, recompute full, tied": f"tp=2 sequence_parallel=true recompute=full {TIED}",
+        "gpipe": f"pp=2 schedule=gpipe {NORMED}",
+        "1f1b, tied": f"pp=2 micro_batch=2 {TIED}",
+        "1f1b, late receive": f"pp=2 early_receive=false {NORMED}",
+        "interleaved": f"pp=2 vpp=2 schedule=interleaved {NORMED}",
+        "zb_h1, recompute full": f"pp=2 schedule=zb_h1 recompute=full {NORMED}",
+        "zb_v, tied": f"pp=2 schedule=zb_v {TIED}",
+        "dualpipe_v": f"pp=2 schedule=dualpipe_v recompute=selective {NORMED}",
+        "ring": f"cp=2 {NORMED}",
+        "ulysses": f"cp=2 cp_method=ulysses micro_batch=2 {NORMED}",
+        "dp": f"dp=2 micro_batch=4 {NORMED}",
+        "dp, small buckets": f"dp=2 bucket_mib=0.02 {NORMED}",
+        "zero 1": f"dp=2 zero=1 {NORMED}",
+        "zero 2": f"dp=2 zero=2 bucket_mib=0.02 {NORMED}",
+        "zero 3": f"dp=2 zero=3 micro_batch=2 {NORMED}",
+        "zero 3, prefetch, recompute full, tied": f"dp=2 zero=3 prefetch=true recompute=full {TIED}",
+    },
+    4: {
+        "tp beyond the heads of keys": f"tp=4 sequence_parallel=true {NORMED}",
+        "tp x interleaved": f"tp=2 pp=2 vpp=2 schedule=interleaved {NORMED}",
+        "tp x zb_h1, sequence parallel, tied": f"tp=2 sequence_parallel=true pp=2 schedule=zb_h1 {TIED}",
+        "tp x dp, zero 1": f"tp=2 dp=2 zero=1 {TIED}",
+        "tp x dp, sequence parallel, zero 3": f"tp=2 sequence_parallel=true dp=2 zero=3 {NORMED}",
+        "zb_v x zero 2": f"pp=2 schedule=zb_v dp=2 zero=2 {NORMED}",
+        "dualpipe_v x zero 3": f"pp=2 schedule=dualpipe_v dp=2 zero=3 micro_batch=1 {NORMED}",
+        "zb_h1 x zero 3, prefetch, tied": f"pp=2 schedule=zb_h1 dp=2 zero=3 prefetch=true {TIED}",
+        "four stages, gpipe": f"pp=4 schedule=gpipe {NORMED} model.layers=4",
+        "four stages, zb_h1": f"pp=4 schedule=zb_h1 {NORMED} model.layers=4",
+        "uneven stages": f"pp=4 stages=[0,1,1,0] {NORMED}",
+        "hybrid": f"cp=4 cp_method=hybrid {NORMED}",
+        "ulysses beyond the heads of keys": f"cp=4 cp_method=ulysses recompute=[0] {NORMED}",
+        "ring x zero 3": f"cp=2 dp=2 zero=3 {NORMED}",
+        "ring x tp, sequence parallel, another order": (
+            f"cp=2 tp=2 sequence_parallel=true order=[cp,tp,dp,pp] {NORMED}"
+        ),
+        "ring x 1f1b, tied": f"cp=2 pp=2 order=[pp,cp,tp,dp] {TIED}",
+        "hsdp, zero 3": f"dp=4 zero=3 zero_group=2 {NORMED}",
+        "hsdp, zero 2": f"dp=4 zero=2 zero_group=2 {TIED}",
+    },
+    8: {
+        "tp x pp x dp, sequence parallel, zero 1": f"tp=2 sequence_parallel=true pp=2 dp=2 zero=1 {NORMED}",
+        "tp x ring x interleaved": f"tp=2 cp=2 pp=2 vpp=2 schedule=interleaved sequence_parallel=true {NORMED}",
+        "tp x ring x dp, zero 3": f"tp=2 cp=2 dp=2 zero=3 recompute=full {TIED}",
+        "tp of eight": f"tp=8 sequence_parallel=true {NORMED}",
+        "zb_v x hsdp, zero 3": f"pp=2 schedule=zb_v dp=4 zero=3 zero_group=2 {NORMED}",
+        "zb_h1 x zero 2, four stages, tied": f"pp=4 schedule=zb_h1 dp=2 zero=2 {TIED} model.layers=4",
+        "dualpipe_v x tp, four stages": f"pp=4 schedule=dualpipe_v tp=2 {NORMED} model.layers=6",
+        "hybrid of eight": f"cp=8 cp_method=hybrid cp_ulysses=4 {NORMED}",
+        "tp x pp x dp in another order, zero 3": f"tp=2 pp=2 dp=2 zero=3 order=[dp,pp,cp,tp] schedule=gpipe {TIED}",
+    },
+}  # fmt: skip
+"""Keys that stand nowhere have their defaults."""
+
+CI = (
+    "recompute selective", "tp, sequence parallel", "1f1b, tied", "zb_h1, recompute full", "ring", "ulysses",
+    "zero 1", "zero 2", "zero 3, prefetch, recompute full, tied", "tp beyond the heads of keys", "tp x interleaved",
+    "zb_v x zero 2", "hybrid", "ring x tp, sequence parallel, another order", "uneven stages", "hsdp, zero 3",
+    "tp x dp, sequence parallel, zero 3",
+)  # fmt: skip
+"""Those that every test run tries, for fewer steps."""
+
+FP32 = (
+    "one micro-batch", "tp", "tp, sequence parallel", "1f1b, tied", "zb_v, tied", "ring", "ulysses", "dp", "zero 2",
+    "zero 3", "tp x interleaved", "hybrid", "tp x dp, sequence parallel, zero 3", "zb_v x zero 2",
+    "tp x pp x dp, sequence parallel, zero 1", "tp x ring x dp, zero 3",
+)  # fmt: skip
+"""Those that are compared in fp32 too, with what a perturbation of the start does."""
+
+
+class Entry(NamedTuple):
+    """One layout."""
+
+    name: str
+    ranks: int
+    layout: tuple[str, ...]
+    """Overrides of `layout`."""
+    model: tuple[str, ...]
+    """Overrides of `model`."""
+
+    @property
+    def keys(self) -> str:
+        """Those of the layout, as a user would read them."""
+        return " ".join(word.removeprefix("layout.") for word in self.layout)
+
+
+def entry(name: str, ranks: int, keys: str) -> Entry:
+    """A line of `LAYOUTS`. Without `micro_batch` it is 1."""
+    words = keys.split()
+    layout = [f"layout.{word}" for word in words if "." not in word.partition("=")[0]]
+    if not any(word.startswith("layout.micro_batch=") for word in layout):
+        layout.append("layout.micro_batch=1")
+    return Entry(name, ranks, tuple(layout), tuple(word for word in words if word.startswith("model.")))
+
+
+MATRIX = {name: entry(name, ranks, keys) for ranks, layouts in LAYOUTS.items() for name, keys in layouts.items()}

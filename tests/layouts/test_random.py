@@ -1,0 +1,109 @@
+"""Layouts and models drawn from the legal space by a seed, each against one rank in the fp64 reference.
+
+`make layouts-random SEED=7 COUNT=100` tries others; a layout is named by its seed and number, which draw it again.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+from matrix import MODEL, Entry
+from worlds import beyond, difference, predicted, run_all
+
+from models.checks import ConfigError
+from parallel.layout import ORDER, Layout
+from parallel.schedules import NAMES
+from trainer.compose import compose_recipe
+
+STEPS = 3
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "number" in metafunc.fixturenames:
+        metafunc.parametrize("number", range(metafunc.config.getoption("--count", 4)))
+
+
+def draw(seed: int, number: int, recipe: str) -> Entry:
+    """A model, and the first layout that is legal for it, of `random.Random("seed/number")`."""
+    rng = random.Random(f"{seed}/{number}")
+    ranks, model = rng.choice((2, 4, 4)), tuple(_model(rng))
+    composed = compose_recipe(recipe, [*MODEL, *model]).recipe
+    while True:
+        keys = _layout(rng, ranks)
+        try:
+            layout = Layout(**keys)
+            layout.check_model(composed.model, composed.data.seq_len)
+            layout.check_batch(composed.train.global_batch)
+            layout.pipeline(composed.train.global_batch)
+        except ConfigError:
+            continue
+        words = tuple(f"layout.{key}={_word(value)}" for key, value in keys.items())
+        return Entry(f"seed {seed} number {number}", ranks, words, model)
+
+
+def _model(rng: random.Random) -> list[str]:
+    heads = rng.choice((2, 4, 8))
+    keys = {
+        "model.layers": rng.randint(1, 4),
+        "model.hidden": rng.choice((32, 48)),
+        "model.head_dim": rng.choice((6, 8)),
+        "model.ffn": rng.choice((48, 40, 64)),
+        "model.heads": heads,
+        "model.kv_heads": rng.choice([n for n in (1, 2, 4, 8) if heads % n == 0]),
+        "data.seq_len": rng.choice((32, 64)),
+        "train.global_batch": rng.choice((4, 8)),
+    }
+    flags = ("model.qk_norm", "model.qkv_bias", "model.tied_embeddings", "data.mask_documents")
+    return [f"{key}={value}" for key, value in keys.items()] + [f"{key}={_word(rng.random() < 0.5)}" for key in flags]
+
+
+def _layout(rng: random.Random, ranks: int) -> dict[str, Any]:
+    axes = dict.fromkeys(ORDER, 1)
+    while ranks > 1:
+        axes[rng.choice(ORDER)] *= 2
+        ranks //= 2
+    schedule = rng.choice(NAMES)
+    return {
+        **axes,
+        "schedule": schedule,
+        "vpp": 2 if schedule == "interleaved" else 1,
+        "sequence_parallel": rng.random() < 0.5,
+        "cp_method": rng.choice(("ring", "ulysses", "hybrid")),
+        "zero": rng.randint(0, 3),
+        "zero_group": rng.choice((None, 2)),
+        "recompute": rng.choice(("none", "selective", "full", (0,))),
+        "micro_batch": rng.choice((1, 1, 2, 4)),
+        "order": tuple(rng.sample(ORDER, len(ORDER))),
+        "bucket_mib": rng.choice((0, 0.02, 64)),
+        "prefetch": rng.random() < 0.5,
+        "early_receive": rng.random() < 0.5,
+    }
+
+
+def _word(value: Any) -> str:
+    """A value as the command line takes it."""
+    if isinstance(value, tuple):
+        return f"[{','.join(map(str, value))}]"
+    return "null" if value is None else str(value).lower()
+
+
+@pytest.fixture(scope="module")
+def entries(busway, request):
+    seed, count = request.config.getoption("--seed", 1), request.config.getoption("--count", 4)
+    return [draw(seed, number, str(busway.recipe)) for number in range(count)]
+
+
+@pytest.fixture(scope="module")
+def runs(busway, entries):
+    steps = (f"train.steps={STEPS}", f"train.eval_every={STEPS}", "train.eval_batches=1", "train.precision=fp64")
+    return run_all(busway, entries, "random", *steps)
+
+
+def test_a_drawn_layout_trains_the_model_of_one_rank(runs, entries, number):
+    entry = entries[number]
+    print(f"{entry.name}: {entry.ranks} ranks, {' '.join(entry.model)} {' '.join(entry.layout)}")
+    run = runs[entry.name]
+    assert beyond(difference(runs[" ".join(entry.model)], run)) == {}
+    assert run.summary["traffic"] == predicted(run)
