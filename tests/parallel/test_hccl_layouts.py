@@ -1,0 +1,287 @@
+"""What ranks ask of HCCL in a step, on shapes alone (`recording`): members of a group agree, and nobody waits for ever.
+
+All ranks of small layouts, and layouts of 768 ranks of a supernode by their distinct roles.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
+from itertools import pairwise, zip_longest
+from pathlib import Path
+
+import pytest
+import yaml
+from matrix import MATRIX, MODEL
+
+from parallel.mesh import DENSE
+from parallel.traffic import DTYPE_BYTES
+from trainer.compose import compose_recipe
+from trainer.recipe import Recipe
+
+SPEC = importlib.util.spec_from_file_location("recording", Path(__file__).with_name("recording.py"))
+recording = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(recording)
+Calls = tuple[recording.Call, ...]
+
+LAYOUTS = [name for name, entry in MATRIX.items() if entry.ranks > 1]
+QWEN = ("data.sources=[{path: unread}]", "layout.tp=8", "layout.sequence_parallel=true")
+SUPERNODE = (
+    "pp=4 dp=24 train.global_batch=192",
+    "pp=4 dp=24 schedule=zb_v zero=3 zero_group=8 train.global_batch=192",
+    "pp=4 dp=12 cp=2 schedule=interleaved vpp=2 zero=2 zero_group=4 train.global_batch=96",
+    "pp=2 dp=12 cp=4 cp_method=hybrid schedule=zb_h1 order=[tp,pp,cp,dp] train.global_batch=96",
+    "pp=8 dp=12 schedule=dualpipe_v zero=1 recompute=selective train.global_batch=192",
+)
+"""Of qwen3_32b on 768 ranks, with the above."""
+
+
+def changed(recipe: Recipe, words: Sequence[str]) -> Recipe:
+    """`recipe` with other keys, those of `layout` without their section."""
+    changes: dict[str, dict] = {}
+    for word in words:
+        key, value = word.split("=")
+        section, _, name = key.rpartition(".")
+        changes.setdefault(section or "layout", {})[name] = yaml.safe_load(value)
+    return replace(recipe, **{section: replace(getattr(recipe, section), **keys) for section, keys in changes.items()})
+
+
+@cache
+def small(precision: str) -> Recipe:
+    overrides = ("data.seq_len=32", "layout.dp=null", f"train.precision={precision}")
+    return compose_recipe("tiny_dense", [*MODEL, *overrides]).recipe
+
+
+@cache
+def records(name: str, precision: str) -> tuple[recording.Ranks, list[recording.Record]]:
+    """All ranks of a layout of the matrix."""
+    entry = MATRIX[name]
+    ranks = recording.Ranks(changed(small(precision), [f"launcher.ranks={entry.ranks}", *entry.model, *entry.layout]))
+    return ranks, [ranks.record(rank) for rank in range(entry.ranks)]
+
+
+def check_sequences(records: Sequence[recording.Record]) -> None:
+    """Raise AssertionError unless all members of each group ask the same of it, and receives are for what is sent."""
+    members: dict[str, dict[int, Calls]] = {}
+    made: dict[str, tuple[int, ...]] = {}
+    split: dict[int, dict[int, Calls]] = {}
+    for record in records:
+        if id(record.calls) not in split:  # those of ranks of one role are one list
+            calls: dict[int, list[recording.Call]] = {}
+            for call in record.calls:
+                if call.operator != "wait":
+                    calls.setdefault(call.group, []).append(call)
+            split[id(record.calls)] = {group: tuple(own) for group, own in calls.items()}
+        for group, (name, ranks) in enumerate(record.groups):
+            assert made.setdefault(name, ranks) == ranks, f"{name}: {made[name]} or {ranks}"
+            members.setdefault(name, {})[record.rank] = split[id(record.calls)].get(group, ())
+    seen: set[tuple[int, ...]] = set()
+    for name, sequences in members.items():
+        assert set(sequences) == set(made[name]), f"{name} is of ranks {made[name]}, but {set(sequences)} made it"
+        ordered = [sequences[rank] for rank in made[name]]
+        if tuple(map(id, ordered)) not in seen:
+            seen.add(tuple(map(id, ordered)))
+            for rank, other in zip(made[name][1:], ordered[1:], strict=True):
+                _compare(name, made[name][0], ordered[0], rank, other)
+            _check_exchanges(name, ordered)
+
+
+def _compare(name: str, a: int, of_a: Calls, b: int, of_b: Calls) -> None:
+    for number, (one, other) in enumerate(zip_longest(of_a, of_b)):
+        if one is None or other is None or one.wanted != other.offered:
+            raise AssertionError(f"{name}: call {number} is {one} on rank {a} and {other} on rank {b}")
+
+
+def _check_exchanges(name: str, sequences: Sequence[Calls]) -> None:
+    for number, calls in enumerate(zip(*sequences, strict=True)):
+        if calls[0].gives:
+            gives, takes = ([call[field] for call in calls] for field in (-2, -1))
+            assert gives == list(zip(*takes, strict=True)), f"{name}: call {number}: {gives}, but {takes}"
+
+
+def run(records: Sequence[recording.Record]) -> int:
+    """Run all ranks, each in its order, to their ends, as the streams of HCCL would; the number of calls.
+
+    Collectives and `create_group` return when all members have called them. A send never holds its rank up, as the
+    stream of its group waits alone, and a ``wait`` returns when as many messages as were waited for have been sent.
+    Raises AssertionError where ranks wait for ever.
+    """
+    by_rank = {record.rank: record for record in records}
+    position = dict.fromkeys(by_rank, 0)
+    arrived: dict[str, list[int]] = {}
+    messages: Counter[str] = Counter()
+    asleep: dict[str, int] = {}
+    ready = list(by_rank)
+    while ready:
+        rank = ready.pop()
+        record = by_rank[rank]
+        calls, groups = record.calls, record.groups
+        while position[rank] < len(calls):
+            operator, group = calls[position[rank]][:2]
+            name, ranks = groups[group]
+            if operator.startswith("Send"):
+                messages[name] += 1
+                if name in asleep and messages[name] == 0:
+                    ready.append(asleep.pop(name))
+            elif operator == "wait":
+                messages[name] -= 1
+                if messages[name] < 0:
+                    asleep[name] = rank
+                    position[rank] += 1
+                    break
+            elif not operator.startswith("Receive"):
+                waiting = arrived.setdefault(name, [])
+                waiting.append(rank)
+                if len(waiting) < len(ranks):
+                    position[rank] += 1
+                    break
+                waiting.remove(rank)
+                ready += waiting
+                waiting.clear()
+            position[rank] += 1
+    stuck = {rank: name for name, ranks in arrived.items() for rank in ranks} | {r: name for name, r in asleep.items()}
+    what = [f"rank {r} in {by_rank[r].calls[position[r] - 1]} of {stuck[r]}" for r in sorted(stuck)]
+    assert not stuck, f"these wait for ever: {'; '.join(what)}"
+    return sum(position.values())
+
+
+each_layout = pytest.mark.parametrize("layout", LAYOUTS)
+each_precision = pytest.mark.parametrize("precision", ["fp32", "bf16"])
+
+
+@each_precision
+@each_layout
+def test_members_of_every_group_ask_for_the_same_and_all_ranks_end(layout, precision):
+    _, recorded = records(layout, precision)
+    check_sequences(recorded)
+    assert run(recorded) == sum(len(record.calls) for record in recorded)
+
+
+@each_precision
+@each_layout
+def test_the_account_is_what_was_handed_to_operators(layout, precision):
+    for record in records(layout, precision)[1]:
+        payload: Counter = Counter()
+        calls: Counter = Counter()
+        for call in record.calls[: record.end]:
+            axis = " x ".join(word for word in record.groups[call.group][0].split("-") if word in DENSE)
+            key = axis, collective(call), call.dtype.lower()
+            if key[1]:
+                payload[key] += call.size * DTYPE_BYTES[key[2]]
+                calls[key] += 1
+        assert record.account.payload == {key: (payload[key], calls[key]) for key in payload}
+
+
+@each_precision
+@each_layout
+def test_the_account_is_what_the_formulas_say(layout, precision):
+    ranks, recorded = records(layout, precision)
+    for record in recorded:
+        assert record.account.payload == ranks.predicted(record.rank).payload
+
+
+def collective(call: recording.Call) -> str:
+    """As in `parallel.traffic`; nothing for what is no primitive."""
+    names = {"AllReduce": "all_reduce", "AllGather": "all_gather", "ReduceScatter": "reduce_scatter", "Send": "send",
+             "AlltoAllV": "all_to_all" if all(call.gives) else "send"}  # fmt: skip
+    return names.get(call.operator.split()[0], "")
+
+
+@each_precision
+@each_layout
+def test_ranks_of_one_role_are_alike(layout, precision):
+    ranks, recorded = records(layout, precision)
+    for first in {ranks.role(record.rank): record for record in reversed(recorded)}.values():
+        for expanded in ranks.expand(first):
+            real = recorded[expanded.rank]
+            assert (expanded.groups, expanded.calls) == (real.groups, real.calls)
+            assert first.account.payload == real.account.payload
+
+
+@pytest.mark.parametrize("layout", SUPERNODE)
+def test_768_ranks_of_a_supernode_agree_and_end(layout):
+    ranks = recording.Ranks(changed(compose_recipe("qwen3_32b", list(QWEN)).recipe, layout.split()))
+    assert ranks.mesh.world_size == 768
+    roles = {ranks.role(rank): rank for rank in reversed(range(768))}
+    recorded = [record for rank in roles.values() for record in ranks.expand(ranks.record(rank))]
+    recorded.sort(key=lambda record: record.rank)
+    for rank in roles.values():
+        assert recorded[rank].account.payload == ranks.predicted(rank).payload
+    check_sequences(recorded)
+    assert run(recorded) == sum(len(record.calls) for record in recorded)
+    last = ranks.record(767)
+    assert (recorded[767].groups, recorded[767].calls) == (last.groups, last.calls)
+
+
+def mutated(layout: str, rank: int, change: Callable[[list], None]) -> list[recording.Record]:
+    """The records of a layout, with the calls of one rank changed."""
+    recorded = list(records(layout, "fp32")[1])
+    calls = list(recorded[rank].calls)
+    change(calls)
+    recorded[rank] = recorded[rank]._replace(calls=calls)
+    return recorded
+
+
+def of_group(record: recording.Record, calls: list, prefix: str) -> list[int]:
+    """Where in `calls` those of a group are, by the start of its name."""
+    return [i for i, call in enumerate(calls) if record.groups[call.group][0].startswith(prefix)]
+
+
+def test_a_dropped_collective_is_found():
+    layout = "tp x pp x dp, sequence parallel, zero 1"
+    record = records(layout, "fp32")[1][3]
+
+    def drop(calls):
+        del calls[of_group(record, calls, "busway-tp-2-3-2")[3]]
+
+    message = r"busway-tp-2-3-2: call 3 is \w+.* on rank 2 and \w+.* on rank 3"
+    with pytest.raises(AssertionError, match=message):
+        check_sequences(mutated(layout, 3, drop))
+    with pytest.raises(AssertionError, match="these wait for ever: .*rank 2 in AllReduce .* of busway-tp-2-3-2;"):
+        run(mutated(layout, 3, drop))
+
+
+def test_two_swapped_collectives_are_found():
+    layout = "tp, sequence parallel"
+
+    def swap(calls):
+        at = next(i for i, call in enumerate(calls) if call.operator == "AllGather")
+        other = next(i for i, call in enumerate(calls) if i > at and call.offered != calls[at].offered)
+        calls[at], calls[other] = calls[other], calls[at]
+
+    message = r"busway-tp-0-1-2: call \d+ is AllGather Float32 \[\d+\] on rank 0 and .* on rank 1"
+    with pytest.raises(AssertionError, match=message):
+        check_sequences(mutated(layout, 1, swap))
+
+
+def test_two_groups_used_in_another_order_are_found():
+    """Each group has its order, and yet both ranks wait: for the other's next step, in another group."""
+    layout = "tp beyond the heads of keys"
+    record = records(layout, "fp32")[1][1]
+
+    def swap(calls):
+        of_both = of_group(record, calls, "busway-tp-0-")[2:]  # after both were made
+        at = next(k for k, (i, j) in enumerate(pairwise(of_both)) if calls[i].group != calls[j].group)
+        i, j = of_both[at : at + 2]
+        calls[i], calls[j] = calls[j], calls[i]
+
+    recorded = mutated(layout, 1, swap)
+    check_sequences(recorded)
+    with pytest.raises(AssertionError, match="these wait for ever: .*rank 0 in .*rank 1 in "):
+        run(recorded)
+
+
+def test_a_message_of_another_shape_is_found():
+    layout = "uneven stages"
+    record = records(layout, "fp32")[1][2]
+
+    def shorten(calls):
+        at = of_group(record, calls, "busway-pp-activation-2-3")[2]
+        calls[at] = calls[at]._replace(shape=(7, 7))
+
+    message = r"busway-pp-activation-2-3: call 2 is Send 0 Float32 \[7, 7\] on rank 2 and Receive 0 .* on rank 3"
+    with pytest.raises(AssertionError, match=message):
+        check_sequences(mutated(layout, 2, shorten))
