@@ -52,7 +52,7 @@ class Layout:
     """Ranks that share one set of pieces; None: all of dp x cp."""
     prefetch: bool = False
     """ZeRO 3 gathers the next segment's weights before a segment runs."""
-    bucket_mib: int = 64
+    bucket_mib: float = 64
     """Gradients travel over dp x cp in messages of up to as many MiB, the last layers' first; 0: in one."""
     early_receive: bool = True
     """A pipeline rank asks for what its next pass needs before it runs a pass."""

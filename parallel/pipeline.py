@@ -8,6 +8,7 @@ What a rank sends and receives follows from the schedule (`parallel.schedules`).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from itertools import zip_longest
 from typing import Any
 
@@ -20,26 +21,9 @@ from parallel.collectives import Collectives
 from parallel.collectives.channel import Arrival
 from parallel.data import DataParallel
 from parallel.schedules import BACKWARD, FORWARD, INPUT, Action, Schedule
+from parallel.trace import COMPUTE
 
 DIRECTIONS = ("activation", "gradient")
-
-
-def cut(layers: int, stages: int, sizes: Sequence[int] | None = None) -> list[range]:
-    """The segments of each stage, of a model of embedding, `layers` layers and head (`decoder_segments`).
-
-    `sizes` gives the layers of each stage; without it, embedding and head count as a layer each and the stages'
-    loads differ by at most one, the larger ones in the middle, where no embedding or head is.
-    """
-    if sizes is None:
-        load, larger = divmod(layers + 2, stages)
-        first = (stages - larger) // 2
-        loads = [load + (first <= stage < first + larger) for stage in range(stages)]
-    else:
-        loads = list(sizes)
-        loads[0] += 1
-        loads[-1] += 1
-    ends = np.cumsum([0, *loads]).tolist()
-    return [range(start, stop) for start, stop in zip(ends[:-1], ends[1:], strict=True)]
 
 
 class Sums(nn.Cell):
@@ -155,6 +139,7 @@ class Engine:
         self.schedule, self.stages = schedule, stages
         self.shape, self.dtype = shape, dtype
         self.rank = collectives.mesh.index("pp", collectives.rank)
+        self.recorder = collectives.recorder
         directions = DIRECTIONS if schedule.pp > 1 else ()
         self.channels = {direction: collectives.Channel("pp", direction) for direction in directions}
         self.early = collectives.mesh.layout.early_receive
@@ -184,7 +169,8 @@ class Engine:
             stage, micro_batch = self.stages[action.stage], action.micro_batch
             if action.kind == FORWARD:
                 x = received if action.stage else inputs[micro_batch][0]
-                y = stage.forward(micro_batch, x, inputs[micro_batch])
+                with self._recorded(action):
+                    y = stage.forward(micro_batch, x, inputs[micro_batch])
                 if not keeps:
                     stage.saved.clear()
                 if action.stage == self.last:
@@ -194,16 +180,21 @@ class Engine:
             elif action.kind in (BACKWARD, INPUT):
                 dy = self.nothing if action.stage == self.last else received
                 half = stage.backward if action.kind == BACKWARD else stage.backward_input
-                dx = half(micro_batch, dy, inputs[micro_batch])
+                with self._recorded(action):
+                    dx = half(micro_batch, dy, inputs[micro_batch])
                 if action.stage:
                     self._give(action, dx)
             else:
-                stage.backward_weight(micro_batch)
+                with self._recorded(action):
+                    stage.backward_weight(micro_batch)
         if self.handed:
             raise RuntimeError(f"the schedule {self.schedule.name} left {sorted(self.handed)} without a reader")
         for channel in self.channels.values():
             channel.check_drained()
         return losses
+
+    def _recorded(self, action: Action) -> AbstractContextManager[None]:
+        return self.recorder.span(COMPUTE, action.kind, stage=action.stage, micro_batch=action.micro_batch)
 
     def _give(self, action: Action, tensor: Tensor) -> None:
         message = self.schedule.outgoing(action)

@@ -28,6 +28,7 @@ from trainer.callbacks.console import Console
 from trainer.callbacks.files import MetricsFile, TensorBoard
 from trainer.callbacks.signals import Signals
 from trainer.callbacks.summary import Summary
+from trainer.callbacks.trace import Trace
 from trainer.checkpoint import Checkpoint
 from trainer.data.blend import Blend
 from trainer.data.loader import Batch, Loader, evaluation_batches
@@ -148,6 +149,8 @@ def _callbacks(
     """In order: what changes the run first, then what reports, the summary last."""
     memory_kind = "allocator peak" if machine.device() == "Ascend" else "peak RSS"
     callbacks: list[Callback] = [Signals(signal), Checkpointer(companions)]
+    if recipe.metrics.trace:
+        callbacks.insert(0, Trace(_speaker(console, rank)))
     if rank == 0:
         batch = recipe.train.global_batch
         tags = metrics.tags(recipe.metrics.tags, meter.flops_per_token, recipe.machine.rank.memory_gib)

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from models.config import ModelConfig
 from parallel.collectives import Collectives
 from parallel.mesh import Mesh
+from parallel.trace import COMPUTE
 from trainer import checkpoint, metrics
 from trainer.callbacks.base import Callback
 from trainer.checkpoint import Checkpoint
@@ -100,7 +101,8 @@ class Loop:
 
     def _one_step(self) -> Outcome:
         begin = time.perf_counter()
-        batch = next(self.loader)
+        with self.collectives.recorder.span(COMPUTE, "data"):
+            batch = next(self.loader)
         rate = self.rates.rate(self.step + 1)
         outcome = self.train_step(batch, rate, self.step + 1, self.stop_requested)
         self._check(outcome, self.step + 1)

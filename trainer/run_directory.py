@@ -1,6 +1,7 @@
 """The run directory: its name, what lies in it, and whether a run may go on in it.
 
 - recipe.yaml: the resolved recipe; plan.yaml: layout and placement; summary.json: how the run went
+- trace.json: where the time of some steps went, with metrics.trace
 - metrics.jsonl: a row a logged step; tb/: TensorBoard's event files; logs/: rank-0000.log, …
 - checkpoints/: step-00000010, …
 """
@@ -57,6 +58,11 @@ class RunDirectory:
     def metrics(self) -> Path:
         """A JSON object a line."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def trace(self) -> Path:
+        """A Chrome trace."""
+        return self.path / "trace.json"
 
     @property
     def summary(self) -> Path:

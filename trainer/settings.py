@@ -145,7 +145,7 @@ class LayoutSettings:
     """Ranks that share one set of pieces, with copies across groups (HSDP); left out, all of `dp` x `cp`."""
     prefetch: bool = False
     """ZeRO 3 gathers the next layer's weights before a layer runs, at the cost of memory."""
-    bucket_mib: int = 64
+    bucket_mib: float = 64
     """Gradients are summed over `dp` x `cp` in messages of up to as many MiB, the last layers' first; 0: in one."""
     early_receive: bool = True
     """A pipeline rank asks for what its next pass needs before it runs a pass; off, when it needs it."""
@@ -187,6 +187,9 @@ class MetricsSettings:
 
     tags: str = "busway"
     """Names of the TensorBoard curves: `busway`, `megatron` or `torchtitan`."""
+    trace: bool = False
+    """Write `trace.json`, a Chrome trace of all ranks' passes, collectives and waiting, of three steps: the second to
+    the fourth after the start or a resume. It opens in Perfetto and chrome://tracing."""
 
     def __post_init__(self) -> None:
         check_choice("metrics.tags", self.tags, ("busway", "megatron", "torchtitan"))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
@@ -22,6 +23,7 @@ from parallel.apply import Parallelized
 from parallel.data import DataParallel
 from parallel.pipeline import Engine, Stage, Sums
 from parallel.sharded import ShardedStage, Shards
+from parallel.trace import COMPUTE
 from trainer.data.loader import Batch
 from trainer.settings import OptimizerSettings
 
@@ -239,6 +241,7 @@ class TrainStep:
         tables: Sequence[np.ndarray], shape: tuple[int, ...], seq_len: int, dtype: type,
     ) -> None:  # fmt: skip
         self.dtype, self.seq_len, self.positions = dtype, seq_len, parallel.positions
+        self.span = partial(parallel.collectives.recorder.span, COMPUTE)
         self.total = Total(parallel.data)
         self.publish = Publish(weights) if parallel.data.publishes else None
         self.whole = self.engine = None
@@ -265,17 +268,24 @@ class TrainStep:
         inputs = self._inputs(batch)
         scalars = [self._scalar(value) for value in (lr, number, stop)]
         if self.whole:
-            statistics = self.whole(*inputs[0], *scalars)
+            with self.span("whole step"):
+                statistics = self.whole(*inputs[0], *scalars)
         else:
             if self.engine:
                 sums = self._sums(batch, self.engine.run(inputs))
             else:
-                sums = np.sum([self.accumulate(*tensors).asnumpy() for tensors in inputs], axis=0)
-            statistics = self.finish(Tensor(sums), *scalars)
+                sums = np.sum([self._accumulated(i, tensors) for i, tensors in enumerate(inputs)], axis=0)
+            with self.span("finish"):
+                statistics = self.finish(Tensor(sums), *scalars)
         if self.publish:
-            self.publish()
+            with self.span("publish"):
+                self.publish()
         loss, tokens, norm, stops = (float(value) for value in statistics.asnumpy())
         return Outcome(loss / tokens if tokens else math.nan, int(tokens), norm, stops > 0)
+
+    def _accumulated(self, micro_batch: int, tensors: Sequence[Tensor]) -> np.ndarray:
+        with self.span("accumulate", micro_batch=micro_batch):
+            return self.accumulate(*tensors).asnumpy()
 
     def evaluate(self, batches: Sequence[Batch]) -> float:
         """Mean loss over all valid tokens of `batches`, on all ranks; NaN where there are none."""

@@ -26,6 +26,7 @@ from parallel.collectives.channel import Channel
 from parallel.collectives.interface import Backend, Collective, Group, Operator, World
 from parallel.collectives.primitives import Checked, Identity, Primitive, Zeros
 from parallel.mesh import Axes, Mesh
+from parallel.trace import COLLECTIVES, Recorder, Span
 from parallel.traffic import Traffic
 
 __all__ = ["Channel", "Collectives", "Group", "Primitive", "World", "connect"]
@@ -41,6 +42,7 @@ class Collectives:
         self._backend = backend
         self._operators: dict[Collective, Operator] = {}
         self._channels: list[Channel] = []
+        self.recorder = Recorder()
 
     @property
     def rank(self) -> int:
@@ -98,7 +100,7 @@ class Collectives:
         group = self.group(axes)
         if len(group.ranks) == 1:
             raise ValueError(f"channel {name}: a group of one rank has nobody to send to")
-        self._channels.append(Channel(group, self._backend.transport(group, name), name))
+        self._channels.append(Channel(group, self._backend.transport(group, name), name, self.recorder))
         return self._channels[-1]
 
     def _over(self, group: Group, name: str, place: int = 0) -> nn.Cell:
@@ -132,6 +134,27 @@ class Collectives:
             operator.reset()
         for channel in self._channels:
             channel.counts.clear()
+
+    @property
+    def timed(self) -> bool:
+        """Whether times of the host are those of the graphs and messages; else it only launches them."""
+        return self._backend.timed
+
+    def record(self, on: bool) -> None:
+        """Take times from now on, or no more: of what the host does and, where `timed`, of collectives in graphs."""
+        self.recorder.on = on
+        for operator in self._operators.values() if self.timed else ():
+            operator.record(on)
+
+    def spans(self) -> list[Span]:
+        """What was recorded since the last call."""
+        spans, self.recorder.spans = self.recorder.spans, []
+        for collective, operator in self._operators.items() if self.timed else ():
+            axis = self.mesh.label(collective.group.axes)
+            for start, end, payload, dtype in operator.events():
+                details = {"axis": axis, "collective": collective.name, "bytes": payload, "dtype": dtype}
+                spans.append(Span(COLLECTIVES, f"{collective.name} {axis}", start, end, details))
+        return spans
 
     def describe(self) -> str:
         """The backend in a few words, for the banner."""

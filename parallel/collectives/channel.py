@@ -5,19 +5,26 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from math import prod
 from typing import Any
 
 from mindspore import Tensor
 
 from parallel.collectives.interface import Group, Transport
+from parallel.trace import MESSAGES, Recorder
 from parallel.traffic import DTYPE_BYTES
 
 
 class Arrival:
     """A message that was asked for."""
 
-    def __init__(self, channel: Channel, arrived: Callable[[], bool], tensor: Callable[[], Tensor], what: str) -> None:
+    def __init__(
+        self, channel: Channel, arrived: Callable[[], bool], tensor: Callable[[], Tensor], what: str,
+        waiting: AbstractContextManager[None],
+    ) -> None:  # fmt: skip
         self._channel, self._arrived, self._tensor, self.what = channel, arrived, tensor, what
+        self._waiting = waiting
         self._ready = False
 
     def ready(self) -> bool:
@@ -29,7 +36,8 @@ class Arrival:
 
     def wait(self) -> Tensor:
         """The message. Called once."""
-        wait(self.ready)
+        with self._waiting:
+            wait(self.ready)
         self._channel.taken(self)
         return self._tensor()
 
@@ -42,8 +50,9 @@ class Channel:
     Made by `Collectives.Channel`, by all ranks of the group in one order.
     """
 
-    def __init__(self, group: Group, transport: Transport, name: str) -> None:
+    def __init__(self, group: Group, transport: Transport, name: str, recorder: Recorder) -> None:
         self.group, self.name = group, name
+        self._recorder = recorder
         self.counts: Counter[tuple[int, str, str]] = Counter()
         """What was sent: of each peer and dtype, ``payload`` bytes and ``calls``."""
         self._transport = transport
@@ -55,9 +64,10 @@ class Channel:
     def send(self, tensor: Tensor, peer: int) -> None:
         """Start to send to `peer`. `tensor` is kept until it has left and must not be written to before."""
         self._release()
-        self._sending.append((self._transport.send(tensor, self._neighbour(peer)), tensor))
-        self._sent[peer] += 1
         dtype = str(tensor.dtype).lower()
+        with self._span("send", peer, tensor.shape, dtype):
+            self._sending.append((self._transport.send(tensor, self._neighbour(peer)), tensor))
+        self._sent[peer] += 1
         self.counts[peer, dtype, "payload"] += tensor.size * DTYPE_BYTES[dtype]
         self.counts[peer, dtype, "calls"] += 1
 
@@ -67,7 +77,7 @@ class Channel:
         arrived, tensor = self._transport.receive(tuple(shape), name, self._neighbour(peer))
         self._received[peer] += 1
         what = f"{name} {list(shape)} from rank {self.group.ranks[peer]}"
-        self._asked.append(Arrival(self, arrived, tensor, what))
+        self._asked.append(Arrival(self, arrived, tensor, what, self._span("wait for", peer, shape, name)))
         return self._asked[-1]
 
     def check_drained(self) -> None:
@@ -76,7 +86,8 @@ class Channel:
         Raises RuntimeError, on all of them alike, if messages were sent that nobody asked for, or the other way round,
         or were asked for and not waited for.
         """
-        states = self._transport.all_gather((self._sent, self._received, [arrival.what for arrival in self._asked]))
+        with self._recorder.span(MESSAGES, f"wait for all at the {self.name}s' end"):
+            states = self._transport.all_gather((self._sent, self._received, [arrival.what for arrival in self._asked]))
         ranks, wrong = self.group.ranks, []
         for a, (sent, _, asked) in enumerate(states):
             wrong += [f"rank {ranks[a]} did not wait for {what}" for what in asked]
@@ -93,6 +104,12 @@ class Channel:
         """`arrival` was waited for."""
         self._asked.remove(arrival)
         self._release()
+
+    def _span(self, what: str, peer: int, shape: tuple[int, ...], dtype: str) -> AbstractContextManager[None]:
+        size = prod(shape) * DTYPE_BYTES[dtype]
+        return self._recorder.span(
+            MESSAGES, f"{what} {self.name}", peer=self.group.ranks[peer], bytes=size, dtype=dtype
+        )
 
     def _neighbour(self, place: int) -> int:
         n = len(self.group.ranks)

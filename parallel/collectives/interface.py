@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import numpy as np
 from mindspore import Tensor
@@ -46,6 +46,17 @@ class Collective:
         return (2 * self.group.place - self.place) % len(self.group.ranks)
 
 
+class Event(NamedTuple):
+    """One message of an operator."""
+
+    start: float
+    """Seconds of CLOCK_MONOTONIC."""
+    end: float
+    payload: int
+    """Bytes."""
+    dtype: str
+
+
 class World(Protocol):
     """All ranks, for values of the host. Every method but `abort` is called by all ranks in one order."""
 
@@ -80,6 +91,12 @@ class Operator(Protocol):
     def reset(self) -> None:
         """Start counting from zero."""
 
+    def record(self, on: bool) -> None:
+        """Take the time of every message from now on, or no more. Only for a backend that is `timed`."""
+
+    def events(self) -> list[Event]:
+        """The messages that were recorded since the last call, in their order."""
+
 
 class Transport(Protocol):
     """Messages between neighbours on the ring of a group; those from one to another arrive in the order sent."""
@@ -104,6 +121,8 @@ class Backend(Protocol):
     """What runs, in a few words for the banner."""
     dtypes: tuple[str, ...]
     """What can be sent."""
+    timed: bool
+    """Whether the host sees when a graph and its messages run, and operators take their times."""
 
     def operator(self, collective: Collective) -> Operator:
         """A new operator."""

@@ -32,6 +32,7 @@ class LocalBackend:
 
     note = "local"
     dtypes = ()
+    timed = True
 
     def __init__(self) -> None:
         self.world = LocalWorld()

@@ -22,7 +22,7 @@ from mindspore import Tensor, nn, ops
 from mpi4py import MPI
 
 from parallel.collectives import channel
-from parallel.collectives.interface import Collective, Group, Operator
+from parallel.collectives.interface import Collective, Event, Group, Operator
 from parallel.collectives.packing import Carrier, Packed, effect, result_shape
 from parallel.mesh import DENSE, EXPERT
 from parallel.traffic import DTYPE_BYTES
@@ -32,6 +32,8 @@ DTYPES = ("float64", "float32", "bfloat16", "int32")
 """In the order of NAMES in csrc/mpi_ops.cc."""
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send", "broadcast")
 """In the order of Kind in csrc/mpi_ops.cc."""
+EVENT = np.dtype([("start", "f8"), ("end", "f8"), ("payload", "i8"), ("dtype", "i8")])
+"""Event in csrc/mpi_ops.cc."""
 MPICH_ABI = ("MPICH", "Intel MPI", "MVAPICH")
 
 
@@ -80,6 +82,7 @@ class MpiBackend:
     """
 
     dtypes = DTYPES
+    timed = True
 
     def __init__(self, native: bool | None = None) -> None:
         self.world = MpiWorld()
@@ -169,6 +172,14 @@ class NativeOperator(nn.Cell):
     def reset(self) -> None:
         self._library.busway_reset(self._slot)
 
+    def record(self, on: bool) -> None:
+        self._library.busway_record(self._slot, on)
+
+    def events(self) -> list[Event]:
+        events = np.empty(self._library.busway_events(self._slot, None), EVENT)
+        self._library.busway_events(self._slot, events.ctypes.data_as(ctypes.c_void_p))
+        return [Event(start, end, payload, DTYPES[dtype]) for start, end, payload, dtype in events.tolist()]
+
 
 class PythonOperator(nn.Cell):
     """The same around mpi4py. A Python operator takes one tensor, so the graph packs each message.
@@ -179,6 +190,7 @@ class PythonOperator(nn.Cell):
     def __init__(self, communicator: MPI.Comm, collective: Collective) -> None:
         super().__init__(auto_prefix=False)
         self._counts = np.zeros((len(DTYPES), 2), np.int64)
+        self._recording, self._events = False, []
         self.packed = Packed(collective, [self._carrier(communicator, collective, dtype) for dtype in DTYPES])
 
     def _carrier(self, communicator: MPI.Comm, collective: Collective, dtype: str) -> Carrier:
@@ -188,8 +200,11 @@ class PythonOperator(nn.Cell):
         def run(message: np.ndarray) -> np.ndarray:
             message = np.ascontiguousarray(message)
             result = np.empty(result_shape(parts, message.shape), message.dtype)
+            begin, payload = time.monotonic(), message.size * width
             wait(start(message, result))
-            count[:] += (message.size * width, 1)
+            count[:] += (payload, 1)
+            if self._recording:
+                self._events.append(Event(begin, time.monotonic(), payload, dtype))
             return result
 
         def shape(message: Any) -> Any:
@@ -207,6 +222,13 @@ class PythonOperator(nn.Cell):
 
     def reset(self) -> None:
         self._counts[:] = 0
+
+    def record(self, on: bool) -> None:
+        self._recording = on
+
+    def events(self) -> list[Event]:
+        events, self._events = self._events, []
+        return events
 
 
 def _same(value: Any) -> Any:

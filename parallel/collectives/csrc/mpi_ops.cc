@@ -78,6 +78,12 @@ class Messages {
   int error_ = MPI_SUCCESS;
 };
 
+// A message of a slot that records: its start and end in seconds of CLOCK_MONOTONIC, as EVENT in mpi.py reads it.
+struct Event {
+  double start, end;
+  int64_t payload, dtype;
+};
+
 // One collective over one group. MindSpore may run operators on several threads. A slot's lock is held through its
 // collective, waits included: no other slot waits for it.
 struct Slot {
@@ -99,6 +105,8 @@ struct Slot {
   std::mutex lock;
   std::vector<char> received;
   int64_t counts[DTYPES][2] = {};  // payload bytes, messages
+  bool recording = false;
+  std::vector<Event> events;
 };
 
 std::mutex opening;
@@ -294,6 +302,24 @@ void busway_reset(int index) {
   memset(slot.counts, 0, sizeof(slot.counts));
 }
 
+void busway_record(int index, int on) {
+  Slot &slot = slot_at(index);
+  const std::lock_guard<std::mutex> held(slot.lock);
+  slot.recording = on;
+}
+
+// How many events a slot has recorded. Where `events` is given, puts them there and forgets them.
+int busway_events(int index, Event *events) {
+  Slot &slot = slot_at(index);
+  const std::lock_guard<std::mutex> held(slot.lock);
+  const int count = int(slot.events.size());
+  if (events) {
+    std::copy(slot.events.begin(), slot.events.end(), events);
+    slot.events.clear();
+  }
+  return count;
+}
+
 // Inputs: an int32 tensor that holds the slot, then tensors of any dtypes in NAMES. Outputs: what the slot's collective
 // makes of each; where there are none, a copy of the slot. Tensors are never packed: a message, as the account counts
 // it, is a batch of MPI's with one wait.
@@ -313,6 +339,7 @@ int Run(int parameters, void **data, int *ndims, int64_t **shapes, const char **
       if (bytes > 0) cut(slot, Dtype(d), static_cast<const char *>(data[i]), out, bytes, all);
       payload += bytes;
     }
+    const double start = slot.recording ? seconds() : 0;
     Pieces batch;
     int64_t bytes = 0;
     for (size_t i = 0; i < all.size(); i++) {
@@ -326,6 +353,7 @@ int Run(int parameters, void **data, int *ndims, int64_t **shapes, const char **
     }
     slot.counts[d][0] += payload;
     slot.counts[d][1] += payload > 0;
+    if (slot.recording && payload > 0) slot.events.push_back({start, seconds(), payload, d});
   }
   return MPI_SUCCESS;
 }
