@@ -130,6 +130,19 @@ class Layout:
         """The product identity as text, outermost axis first: ``pp 4 x dp 2 x cp 1 x tp 3 = 24``."""
         return " x ".join(f"{axis} {getattr(self, axis)}" for axis in reversed(ORDER)) + f" = {self.world_size}"
 
+    def techniques(self) -> str:
+        """What the sizes of axes do not say, for the banner: ``1f1b, ZeRO 1``; empty where there is nothing."""
+        layers = self.recompute if isinstance(self.recompute, str) else f"layers {list(self.recompute)}"
+        parts = {
+            self.schedule: self.pp > 1,
+            "sequence parallel": self.tp > 1 and self.sequence_parallel,
+            self.cp_method: self.cp > 1,
+            f"ZeRO {self.zero}": self.dp * self.cp > 1 and self.zero,
+            f"in groups of {self.zero_group}": self.zero and self.zero_group,
+            f"recompute {layers}": self.recompute not in ("none", ()),
+        }
+        return ", ".join(part for part, used in parts.items() if used)
+
     def stream_tokens(self, seq_len: int) -> int:
         """Tokens of a micro-batch that one rank has between blocks."""
         return self.micro_batch * seq_len // self.cp // (self.tp if self.sequence_parallel else 1)

@@ -134,6 +134,8 @@ class Mesh:
             if getattr(self.layout, axis) > 1:
                 widest = max((self.span(group) for group in self.groups(axis)), key=lambda level: level.index)
                 parts.append(f"{axis} in one {widest.name}")
+        if techniques := self.layout.techniques():
+            parts.append(techniques)
         return "; ".join(parts)
 
     def _checked(self, rank: int) -> int:
