@@ -35,11 +35,16 @@ class Sums(nn.Cell):
         self.accumulators = tuple(accumulators[place] for place in places)
 
     def add(self, result, gradients):
-        """`result`, once every gradient is added."""
+        """`result`, once every gradient is added.
+
+        One after another, the last layers' first: they are there first, and what is added makes room.
+        """
         collected = self.data.collect(gradients, self.places)
-        for i in range(len(collected)):
-            result = ops.depend(result, ops.assign_add(self.accumulators[i], collected[i]))
-        return result
+        done = self.data.nothing
+        for j in range(len(collected)):
+            i = len(collected) - 1 - j
+            done = ops.depend(done, ops.assign_add(self.accumulators[i], ops.depend(collected[i], done)))
+        return ops.depend(result, done)
 
 
 class ForwardGraph(nn.Cell):

@@ -183,13 +183,15 @@ class FinishAccumulated(nn.Cell):
     def __init__(self, finish: Finish, accumulators: ParameterTuple) -> None:
         super().__init__(auto_prefix=False)
         self.finish, self.accumulators = finish, accumulators
+        self.zero = Tensor(np.zeros(1), accumulators[0].dtype)
 
     def construct(self, sums, lr, step, stop):
         """Statistics of the step."""
         statistics = self.finish.run(sums, self.accumulators, lr, step, stop)
         for accumulator in self.accumulators:
-            cleared = ops.assign(accumulator, ops.depend(ops.zeros_like(accumulator), statistics))
-            statistics = ops.depend(statistics, cleared)
+            # zeros_like would take as much memory as all accumulators
+            zeros = ops.broadcast_to(ops.depend(self.zero, statistics), accumulator.shape)
+            statistics = ops.depend(statistics, ops.assign(accumulator, zeros))
         return statistics
 
 
