@@ -9,10 +9,9 @@ micro-batch, two micro-batches a step) without ZeRO and with its three stages, i
   a model of the same segments and hidden 64, which is what compiling and running the graphs takes; and what is to be
   expected of it: the live tensors and the largest of what comes and goes beside them.
 
-What comes and goes: without ZeRO, and with stages 1 and 2, a graph has the gradients of all weights and, as
-MindSpore's assign_add on CPU writes what it returns beside what it adds to, the new sums again; the reduced gradients
-need less than both. Stage 3 has one segment's weights whole, its gradients and their pieces. The peer is ZeRO 0.
-Prints a table, then one line of JSON.
+What comes and goes: without ZeRO the reduced gradients, with stages 1 and 2 the weights that are gathered from what
+the optimizer wrote, which is as much; with stage 3 one segment's weights, its gradients and their pieces. The peer is
+ZeRO 0. Prints a table, then one line of JSON.
 """
 
 from __future__ import annotations
@@ -119,11 +118,10 @@ def live(loop) -> dict[str, int]:
 def expected_passing(share, zero: int) -> int:
     """Bytes of what comes and goes, at its largest."""
     sizes = [sum(map(math.prod, share.weights([segment]).values())) for segment in share.segments]
-    whole, piece = sum(sizes), sum(share.pieces())
-    if zero == 3:
-        largest = sizes.index(max(sizes))
-        return 4 * (2 * sizes[largest] + sum(share.pieces([share.segments[largest]])))
-    return 4 * (whole + (piece if zero == 2 else whole))
+    if zero < 3:
+        return 4 * sum(sizes)
+    largest = sizes.index(max(sizes))
+    return 4 * (2 * sizes[largest] + sum(share.pieces([share.segments[largest]])))
 
 
 if __name__ == "__main__":
