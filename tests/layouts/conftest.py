@@ -51,7 +51,7 @@ def table() -> Table:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--table", metavar="FILE", help="write the table of layouts there")
     parser.addoption("--seed", type=int, default=1, help="of the layouts that test_random.py draws")
-    parser.addoption("--count", type=int, default=4, help="how many layouts test_random.py draws")
+    parser.addoption("--count", type=int, default=2, help="how many layouts test_random.py draws")
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:

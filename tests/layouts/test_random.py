@@ -22,7 +22,7 @@ STEPS = 3
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "number" in metafunc.fixturenames:
-        metafunc.parametrize("number", range(metafunc.config.getoption("--count", 4)))
+        metafunc.parametrize("number", range(metafunc.config.getoption("--count", 2)))
 
 
 def draw(seed: int, number: int, recipe: str) -> Entry:
@@ -91,7 +91,7 @@ def _word(value: Any) -> str:
 
 @pytest.fixture(scope="module")
 def entries(busway, request):
-    seed, count = request.config.getoption("--seed", 1), request.config.getoption("--count", 4)
+    seed, count = request.config.getoption("--seed", 1), request.config.getoption("--count", 2)
     return [draw(seed, number, str(busway.recipe)) for number in range(count)]
 
 
