@@ -1,8 +1,8 @@
 """What tp, pp, dp and cp over two ranks cost on this machine: `python benchmarks/layouts.py [NAME …]`, names of `RUNS`.
 
 Weak scaling of the Llama shape of `benchmarks/step.py`, fp32, one thread a rank: two ranks train 8 sequences a step,
-one rank 4. Every rank, of the peers too, is bound to a core of its own, as MindSpore takes as many threads as it may use
-cores, whatever OMP_NUM_THREADS says (`--unbound` leaves them alone). For each layout, in turn in one run:
+one rank 4. Every rank, of the peers too, is bound to a core of its own, as MindSpore takes as many threads as there are
+cores for it, whatever OMP_NUM_THREADS says (`--unbound` leaves ranks alone). For each layout, in turn in one run:
 
     one rank    the trainer without a layout, in micro-batches of 4 sequences; `efficiency` is its step time over the
                 layout's. For pipelines also in micro-batches of 1, as theirs are: `micro` is what that leaves
