@@ -126,7 +126,8 @@ def worker() -> None:
     mesh = Mesh(Layout(dp=comm.size), Topology("here", Rank("process", None, None, {}), (level.plane,), (level,)))
     native = mpi.LIBRARY.exists()
     forms = {form: Collectives(mesh, mpi.MpiBackend(native=form == "native")) for form in FORMS[not native :]}
-    channel = forms["python"].Channel("dp", "benchmark")
+    ring = [(place, (place + 1) % comm.size) for place in range(comm.size)]
+    channel = forms["python"].Channel("dp", "benchmark", ring)
 
     def through_channel(tensor: Tensor) -> None:
         arrival = channel.receive(tensor.shape, tensor.dtype, (comm.rank - 1) % comm.size)

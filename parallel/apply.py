@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from models.kernels import Kernels
 from models.segments import Segment
 from models.weights import Weight
 from parallel.collectives import Collectives
-from parallel.context import contextual, positions
+from parallel.context import ContextAttention, contextual, positions
 from parallel.data import DataParallel, Held
 from parallel.recompute import recompute
 from parallel.schedules import Schedule, cut
@@ -45,6 +46,7 @@ class Parallelized:
     positions: np.ndarray
     """Positions in a sequence of this rank's tokens, int64."""
     collectives: Collectives
+    kernels: Kernels
 
 
 def parallelize(
@@ -61,8 +63,8 @@ def parallelize(
         tensor = TensorParallel(config, collectives, kernels, layout.sequence_parallel)
         segments = [tensor.apply(segment) for segment in segments]
     if layout.cp > 1:
-        attention = (kernels, collectives, layout.micro_batch, seq_len, dtype)
-        segments = [contextual(segment, *attention) for segment in segments]
+        attention = cache(partial(ContextAttention, kernels, collectives, layout.micro_batch, seq_len, dtype))
+        segments = [contextual(segment, attention) for segment in segments]
     if layout.recompute != "none":
         segments = recompute(segments, layout.recompute)
     stages = {0: Decoder(segments)}
@@ -75,7 +77,7 @@ def parallelize(
         weights = tuple(_tied(weight, 0 in stages) if weight.name == EMBEDDING else weight for weight in weights)
     data = (Zero if layout.zero and mesh.size("loss") > 1 else DataParallel)(weights, collectives, kernels, dtype)
     own = positions(layout, mesh.index("cp", rank), seq_len)
-    return Parallelized(stages, schedule, weights, data, own, collectives)
+    return Parallelized(stages, schedule, weights, data, own, collectives, kernels)
 
 
 def _tied(weight: Weight, first: bool) -> Held:

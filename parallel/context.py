@@ -15,6 +15,7 @@ Everything but attention works on a rank's own tokens.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 from mindspore import Tensor, ops
@@ -50,13 +51,14 @@ def positions(layout: Layout, index: int, seq_len: int) -> np.ndarray:
 class ContextAttention(Segment):
     """Packed qkv of a rank's own tokens to the heads' outputs for them.
 
-    In `context`, `COS` and `SIN` are those of the rank's own positions, and `FIRST_KEY` is of whole sequences.
+    In `context`, `COS` and `SIN` are those of the rank's own positions, and `FIRST_KEY` is of whole sequences. Layers
+    share one, as its constants are as large as an output.
     """
 
     saves = 4
 
     def __init__(
-        self, heads: Heads, kernels: Kernels, collectives: Collectives, sequences: int, seq_len: int, dtype: type
+        self, kernels: Kernels, collectives: Collectives, sequences: int, seq_len: int, dtype: type, heads: Heads
     ) -> None:
         super().__init__()
         layout, index = collectives.mesh.layout, collectives.mesh.index("cp", collectives.rank)
@@ -157,16 +159,11 @@ class ContextAttention(Segment):
         return self.exchange.backward(do).transpose((1, 0, 2, 3)).reshape((-1, self.query_width))
 
 
-def contextual(
-    segment: Segment, kernels: Kernels, collectives: Collectives, sequences: int, seq_len: int, dtype: type
-) -> Segment:
+def contextual(segment: Segment, attention: Callable[[Heads], ContextAttention]) -> Segment:
     """`segment`, which may nest others, with attention over the ranks of cp."""
     if isinstance(segment, Chain):
-        pieces = [contextual(s, kernels, collectives, sequences, seq_len, dtype) for s in segment.segments]
-        return type(segment)(pieces)
-    if isinstance(segment, SelfAttention):
-        return ContextAttention(segment.heads, kernels, collectives, sequences, seq_len, dtype)
-    return segment
+        return type(segment)([contextual(piece, attention) for piece in segment.segments])
+    return attention(segment.heads) if isinstance(segment, SelfAttention) else segment
 
 
 def _columns(heads: Heads, ranks: int) -> tuple[Tensor, int]:

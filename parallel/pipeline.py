@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from itertools import zip_longest
+from dataclasses import replace
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from models.segments import Segment
 from parallel.collectives import Collectives
 from parallel.collectives.channel import Arrival
 from parallel.data import DataParallel
-from parallel.schedules import BACKWARD, FORWARD, INPUT, Action, Schedule
+from parallel.schedules import BACKWARD, FORWARD, INPUT, Action, Schedule, messages, requests
 from parallel.trace import COMPUTE
 
 DIRECTIONS = ("activation", "gradient")
@@ -145,9 +146,14 @@ class Engine:
         self.shape, self.dtype = shape, dtype
         self.rank = collectives.mesh.index("pp", collectives.rank)
         self.recorder = collectives.recorder
-        directions = DIRECTIONS if schedule.pp > 1 else ()
-        self.channels = {direction: collectives.Channel("pp", direction) for direction in directions}
-        self.early = collectives.mesh.layout.early_receive
+        self.channels = {}
+        for direction in DIRECTIONS if schedule.pp > 1 else ():
+            pairs = {message[:2] for _, message in chain(*messages(schedule)) if message.direction == direction}
+            self.channels[direction] = collectives.Channel("pp", direction, pairs)
+        ahead = all(channel.ahead for channel in self.channels.values())
+        self.early = ahead and collectives.mesh.layout.early_receive
+        forwards = tuple(tuple(a for a in actions if a.kind == FORWARD) for actions in schedule.actions)
+        self.training, self.evaluation = map(self._plan, (schedule, replace(schedule, actions=forwards)))
         self.asked: dict[Action, Arrival] = {}
         self.handed: dict[tuple[str, int, int], Tensor] = {}
         self.last = schedule.stages - 1
@@ -158,16 +164,22 @@ class Engine:
 
         inputs: tokens, labels and first keys of each micro-batch. The stages add the gradients up.
         """
-        return self._walk(self.schedule.actions[self.rank], inputs)
+        return self._walk(self.training, inputs)
 
     def evaluate(self, inputs: Sequence[Sequence[Tensor]]) -> list[Tensor]:
         """The loss sums alone."""
-        return self._walk([action for action in self.schedule.actions[self.rank] if action.kind == FORWARD], inputs)
+        return self._walk(self.evaluation, inputs)
 
-    def _walk(self, actions: Sequence[Action], inputs: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    def _plan(self, schedule: Schedule) -> list[tuple[Action, list[Action]]]:
+        return list(zip(schedule.actions[self.rank], requests(schedule, self.rank), strict=True))
+
+    def _walk(self, plan: list[tuple[Action, list[Action]]], inputs: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        """`plan`: actions, each with those whose messages are asked for before it."""
         losses = []
-        keeps = any(action.kind != FORWARD for action in actions)
-        for action, following in zip_longest(actions, actions[1:]):
+        keeps = plan is self.training
+        for (action, due), (following, _) in pairwise([*plan, (None, [])]):
+            for other in due:
+                self._ask(other)
             received = self._take(action)
             if self.early and following:
                 self._ask(following)
@@ -211,14 +223,12 @@ class Engine:
 
     def _ask(self, action: Action) -> None:
         message = self.schedule.incoming(action)
-        if message:
+        if message and action not in self.asked:
             arrival = self.channels[message.direction].receive(self.shape, self.dtype, message.sender)
             self.asked[action] = arrival
 
     def _take(self, action: Action) -> Tensor | None:
         """What the neighbouring stage made for `action`; None where there is none."""
-        if action not in self.asked:
-            self._ask(action)
         if action in self.asked:
             return self.asked.pop(action).wait()
         return self.handed.pop((_direction(action), action.micro_batch, action.stage), None)

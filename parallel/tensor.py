@@ -20,7 +20,7 @@ from models.attention import HeadNorm, Heads, SelfAttention
 from models.config import ModelConfig
 from models.decoder import STYLES
 from models.kernels import Kernels
-from models.layers import Embedding, Linear, Norm
+from models.layers import Embedding, Linear, Norm, Rounding
 from models.loss import CrossEntropySum
 from models.segments import Chain, Segment
 from models.weights import Part, Weight
@@ -61,25 +61,26 @@ class Leave(Segment):
 
 
 class Scatter(Segment):
-    """Every rank has a part of the sum x_TH, and gets its T/P tokens of the sum."""
+    """Every rank has a part of the sum x_TH, and gets its T/P tokens of the sum. `rounding`: of what made the parts."""
 
-    def __init__(self, collectives: Collectives) -> None:
+    def __init__(self, collectives: Collectives, rounding: str) -> None:
         super().__init__()
-        self.scatter = collectives.ReduceScatter("tp")
+        self.scatter, self.rounding = collectives.ReduceScatter("tp"), Rounding(rounding)
 
     def forward(self, x, weights, context):
         """The sum over the ranks, cut by tokens."""
         return self.scatter.forward(x), ()
 
     def backward_input(self, dy, saved, weights, context):
-        """All tokens' gradients."""
-        return self.scatter.backward(dy), ()
+        """All tokens' gradients, rounded as the linear before takes them: fewer bytes, and the same numbers."""
+        return self.scatter.backward(self.rounding.operand(dy)), ()
 
 
 class GatheredLinear(Linear):
     """A column-parallel linear on a stream that is cut by tokens: x_(T/P)I to y_T(O/P).
 
-    The input is gathered again for the weight gradient, so that only the rank's own tokens are saved.
+    The input is gathered again for the weight gradient, so that only the rank's own tokens are saved. It is rounded
+    before it travels. Gradients are not, here and in `Enter`: the ranks' parts of one sum are added.
     """
 
     def __init__(self, weights: Sequence[Weight], rounding: str, collectives: Collectives) -> None:
@@ -88,7 +89,7 @@ class GatheredLinear(Linear):
 
     def forward(self, x, weights, context):
         """Saves the rank's own tokens."""
-        y, _ = super().forward(self.gather.forward(x), weights, context)
+        y, _ = super().forward(self.gather.forward(self.rounding.operand(x)), weights, context)
         return y, (x,)
 
     def backward_input(self, dy, saved, weights, context):
@@ -99,7 +100,7 @@ class GatheredLinear(Linear):
     def backward_weight(self, kept):
         """Gathers the input once more."""
         dy, x = kept
-        return super().backward_weight((dy, self.gather.forward(x)))
+        return super().backward_weight((dy, self.gather.forward(self.rounding.operand(x))))
 
 
 class SharedRows(Segment):
@@ -177,7 +178,7 @@ class TensorParallel:
         if isinstance(segment, Linear):
             return self._column(segment) if STYLES[_role(weights[0])] == "column" else self._row(segment)
         if isinstance(segment, Embedding):
-            return [Embedding(self._cut(weights, 0), kernels), self._leave()]
+            return [Embedding(self._cut(weights, 0), kernels), self._leave("none")]
         if isinstance(segment, Norm):
             return [Norm(self._whole(weights, summed=self.sequence), segment.eps, kernels)]
         if isinstance(segment, HeadNorm):
@@ -204,10 +205,11 @@ class TensorParallel:
         return pieces
 
     def _row(self, linear: Linear) -> list[Segment]:
-        return [Linear(self._cut(linear.weights, 1), linear.rounding.kind), self._leave()]
+        kind = linear.rounding.kind
+        return [Linear(self._cut(linear.weights, 1), kind), self._leave(kind)]
 
-    def _leave(self) -> Segment:
-        return Scatter(self.collectives) if self.sequence else Leave(self.collectives)
+    def _leave(self, rounding: str) -> Segment:
+        return Scatter(self.collectives, rounding) if self.sequence else Leave(self.collectives)
 
     def _heads(self, heads: Heads) -> Heads:
         return Heads(heads.queries // self.size, max(1, heads.keys // self.size), heads.width)

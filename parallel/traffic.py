@@ -134,7 +134,7 @@ def step_traffic(
 ) -> Traffic:
     """What `rank` hands to primitives in one training step: from shapes alone, what a run counts.
 
-    `dtype` is that of weights and gradients; `linears` that of what linears give, where their matmuls run in another
+    `dtype` is that of weights and gradients; `linears` that of what linears take and give, where it is another
     (bfloat16 on Ascend). Ranks at one place of the pipeline have the same payload; their wire depends on the placement.
     """
     return _Step(mesh, rank, config, seq_len, global_batch, dtype, linears or dtype).account
@@ -209,7 +209,8 @@ class _Step:
         again) and backwards enter (layer 2, head 1).
 
         With sequence parallelism a sum is a reduce-scatter, and its transpose an all-gather of T H / P; the linears
-        where blocks are entered gather once more for the weights' gradients. The head gathers a log-sum-exp and a
+        where blocks are entered gather once more for the weights' gradients. Linears take what was gathered rounded,
+        and gradients are summed before. The head gathers a log-sum-exp and a
         target a token. Rows of keys and values that several ranks have are summed among them in each layer.
         """
         config, share, layout, m = self.config, self.share, self.layout, self.micro_batches
@@ -219,8 +220,9 @@ class _Step:
         self.add("tp", summed, m * left * whole, m * left, self.linears)
         self.add("tp", summed, m * others * whole, m * others)
         if layout.sequence_parallel:
-            gathers = m * (share.embedding + 6 * layers + 2 * again + 2 * heads)
-            self.add("tp", "all_gather", gathers * self.stream, gathers)
+            gathers = m * (6 * layers + 2 * again + 2 * heads)
+            self.add("tp", "all_gather", gathers * self.stream, gathers, self.linears)
+            self.add("tp", "all_gather", m * share.embedding * self.stream, m * share.embedding)
         self.add("tp", "all_gather", m * heads * 2 * self.tokens, m)
         copies = layout.tp // min(layout.tp, config.kv_heads)
         rows = 2 * config.head_width * (config.hidden + config.qkv_bias)

@@ -18,7 +18,7 @@ from models.config import FLOPS_CONVENTION
 from models.decoder import decoder_segments
 from models.weights import Reader, initial_reader
 from parallel import collectives as coll
-from parallel.apply import parallelize
+from parallel.apply import Parallelized, parallelize
 from parallel.collectives import Collectives, World
 from parallel.mesh import Mesh
 from trainer import checkpoint, machine, metrics
@@ -58,17 +58,9 @@ def build(
     """The loop of this rank, at the step from which the run goes on. `extra` callbacks come last."""
     say = _speaker(console, collectives.rank)
     mesh, rank = collectives.mesh, collectives.rank
-    device = machine.device()
-    precision = choose_precision(recipe.train.precision, device)
-    dtype = precision.dtype
-    table = kernels.choose(recipe.train.kernels, precision.name, device, recipe.data.mask_documents)
-    segments = decoder_segments(recipe.model, table, precision.rounding)
-    schedule = mesh.layout.pipeline(recipe.train.global_batch)
-    parallel = parallelize(segments, recipe.model, table, collectives, schedule, recipe.data.seq_len, dtype)
-
     resumed = _resumed(recipe, run, collectives.world, say)
     with _start(recipe, resumed) as read:
-        weights = Weights(parallel.weights, parallel.data, read, dtype)
+        step, weights, parallel = assemble(recipe, collectives, machine.device(), read)
     if resumed:
         for kind in ("first", "second"):
             with resumed.reader(kind) as read:
@@ -76,20 +68,35 @@ def build(
 
     corpus = prepare(recipe.data, recipe.model.vocab, say, recipe.train.eval_every > 0)
     loader, holdout = _batches(recipe, corpus, mesh, rank, resumed.state["samples"] if resumed else 0)
-    finish = Finish(weights, table, recipe.optimizer, dtype)
-    micro_batches = mesh.layout.check_batch(recipe.train.global_batch)
-    tables = [table[parallel.positions] for table in rotary_tables(recipe.model, recipe.data.seq_len, dtype)]
-    stream = (mesh.layout.stream_tokens(recipe.data.seq_len), recipe.model.hidden)
-    step = TrainStep(parallel, weights, finish, micro_batches, tables, stream, recipe.data.seq_len, dtype)
+    precision = choose_precision(recipe.train.precision, machine.device())
     meter = _meter(recipe, mesh, precision, collectives)
     callbacks = _callbacks(recipe, rank, signal, console, meter, _companions(recipe, corpus)) + (extra or [])
     loop = Loop(recipe, run, mesh, collectives, weights, step, loader, holdout, meter, callbacks)
     if rank == 0:
-        _banner(loop, precision.name, table.describe(), micro_batches, corpus.samples, say)
+        _banner(loop, precision.name, parallel.kernels.describe(), corpus.samples, say)
         _write_plan(run, mesh)
     if resumed:
         loop.resume(resumed)
     return loop
+
+
+def assemble(
+    recipe: Recipe, collectives: Collectives, device: str, read: Reader
+) -> tuple[TrainStep, Weights, Parallelized]:
+    """This rank's part of the model, its weights as `read` gives them, and the step that trains it."""
+    precision = choose_precision(recipe.train.precision, device)
+    dtype, layout, seq_len = precision.dtype, collectives.mesh.layout, recipe.data.seq_len
+    table = kernels.choose(recipe.train.kernels, precision.name, device, recipe.data.mask_documents)
+    segments = decoder_segments(recipe.model, table, precision.rounding)
+    schedule = layout.pipeline(recipe.train.global_batch)
+    parallel = parallelize(segments, recipe.model, table, collectives, schedule, seq_len, dtype)
+    weights = Weights(parallel.weights, parallel.data, read, dtype)
+    finish = Finish(weights, table, recipe.optimizer, dtype)
+    micro_batches = layout.check_batch(recipe.train.global_batch)
+    tables = [table[parallel.positions] for table in rotary_tables(recipe.model, seq_len, dtype)]
+    stream = (layout.stream_tokens(seq_len), recipe.model.hidden)
+    step = TrainStep(parallel, weights, finish, micro_batches, tables, stream, seq_len, dtype)
+    return step, weights, parallel
 
 
 def _resumed(recipe: Recipe, run: RunDirectory, world: World, say: Callable[[str], None]) -> Checkpoint | None:
@@ -172,10 +179,9 @@ def _speaker(console: RichConsole, rank: int) -> Callable[[str], None]:
     return console.print
 
 
-def _banner(
-    loop: Loop, precision: str, kernel_line: str, micro_batches: int, samples: int, say: Callable[[str], None]
-) -> None:
+def _banner(loop: Loop, precision: str, kernel_line: str, samples: int, say: Callable[[str], None]) -> None:
     recipe, meter = loop.recipe, loop.meter
+    micro_batches = loop.mesh.layout.check_batch(recipe.train.global_batch)
     peak = "unknown for this machine, so MFU is not given"
     if meter.peak_flops:
         peak = f"{meter.peak_flops / 1e12:,g} TFLOP/s a rank ({recipe.machine.name})"

@@ -148,7 +148,8 @@ class LayoutSettings:
     bucket_mib: float = 64
     """Gradients are summed over `dp` x `cp` in messages of up to as many MiB, the last layers' first; 0: in one."""
     early_receive: bool = True
-    """A pipeline rank asks for what its next pass needs before it runs a pass; off, when it needs it."""
+    """A pipeline rank asks for what its next pass needs before it runs a pass; off, once it was sent by unit times,
+    as always on Ascend."""
     recompute: Any = "none"
     """What runs forward again instead of being saved: `none`, `selective` (attention's core), `full`, or a list of
     layers."""

@@ -1,4 +1,4 @@
-"""Collectives: graph primitives over groups of the mesh, channels between neighbours, and helpers for the host.
+"""Collectives: graph primitives over groups of the mesh, channels between ranks, and helpers for the host.
 
 `connect` chooses the backend once per process; above it nothing asks which one runs:
 
@@ -23,7 +23,7 @@ import mindspore
 from mindspore import nn
 
 from parallel.collectives.channel import Channel
-from parallel.collectives.interface import Backend, Collective, Group, Operator, World
+from parallel.collectives.interface import Backend, Collective, Group, Operator, Pairs, World
 from parallel.collectives.primitives import Checked, Identity, Primitive, Zeros
 from parallel.mesh import Axes, Mesh
 from parallel.trace import COLLECTIVES, Recorder, Span
@@ -95,12 +95,13 @@ class Collectives:
         total = self._over(group, "all_reduce")
         return Primitive(group, self._over(group, "broadcast", root), total if group.place == root else Zeros(total))
 
-    def Channel(self, axes: Axes | Group, name: str) -> Channel:
-        """A channel along `axes`, of at least two ranks. `name` is unlike those of others over these axes."""
+    def Channel(self, axes: Axes | Group, name: str, pairs: Pairs) -> Channel:
+        """A channel over `axes`, of at least two ranks. `name` is unlike those of others over these axes."""
         group = self.group(axes)
         if len(group.ranks) == 1:
             raise ValueError(f"channel {name}: a group of one rank has nobody to send to")
-        self._channels.append(Channel(group, self._backend.transport(group, name), name, self.recorder))
+        transport = self._backend.transport(group, name, pairs)
+        self._channels.append(Channel(group, transport, name, pairs, self.recorder))
         return self._channels[-1]
 
     def _over(self, group: Group, name: str, place: int = 0) -> nn.Cell:

@@ -11,7 +11,7 @@ from typing import Any
 
 from mindspore import Tensor
 
-from parallel.collectives.interface import Group, Transport
+from parallel.collectives.interface import Group, Pairs, Transport
 from parallel.trace import MESSAGES, Recorder
 from parallel.traffic import DTYPE_BYTES
 
@@ -43,15 +43,16 @@ class Arrival:
 
 
 class Channel:
-    """Messages between neighbours on the ring of a group; a `peer` is a place in the group.
+    """Messages between the `pairs` of a group; a `peer` is a place in the group.
 
     From one rank to another they arrive in the order in which they were sent and must be asked for in that order. No
     channel waits for another: what two ranks order differently, as activations and gradients, takes two channels.
     Made by `Collectives.Channel`, by all ranks of the group in one order.
     """
 
-    def __init__(self, group: Group, transport: Transport, name: str, recorder: Recorder) -> None:
-        self.group, self.name = group, name
+    def __init__(self, group: Group, transport: Transport, name: str, pairs: Pairs, recorder: Recorder) -> None:
+        self.group, self.name, self.ahead = group, name, transport.ahead
+        self._pairs = pairs
         self._recorder = recorder
         self.counts: Counter[tuple[int, str, str]] = Counter()
         """What was sent: of each peer and dtype, ``payload`` bytes and ``calls``."""
@@ -63,18 +64,20 @@ class Channel:
 
     def send(self, tensor: Tensor, peer: int) -> None:
         """Start to send to `peer`. `tensor` is kept until it has left and must not be written to before."""
+        self._check(self.group.place, peer)
         self._release()
         dtype = str(tensor.dtype).lower()
         with self._span("send", peer, tensor.shape, dtype):
-            self._sending.append((self._transport.send(tensor, self._neighbour(peer)), tensor))
+            self._sending.append((self._transport.send(tensor, peer), tensor))
         self._sent[peer] += 1
         self.counts[peer, dtype, "payload"] += tensor.size * DTYPE_BYTES[dtype]
         self.counts[peer, dtype, "calls"] += 1
 
     def receive(self, shape: tuple[int, ...], dtype: Any, peer: int) -> Arrival:
         """Ask for the next message of `peer`, a tensor of `shape` and `dtype` (MindSpore's). Does not wait."""
+        self._check(peer, self.group.place)
         name = str(dtype).lower()
-        arrived, tensor = self._transport.receive(tuple(shape), name, self._neighbour(peer))
+        arrived, tensor = self._transport.receive(tuple(shape), name, peer)
         self._received[peer] += 1
         what = f"{name} {list(shape)} from rank {self.group.ranks[peer]}"
         self._asked.append(Arrival(self, arrived, tensor, what, self._span("wait for", peer, shape, name)))
@@ -111,11 +114,9 @@ class Channel:
             MESSAGES, f"{what} {self.name}", peer=self.group.ranks[peer], bytes=size, dtype=dtype
         )
 
-    def _neighbour(self, place: int) -> int:
-        n = len(self.group.ranks)
-        if place not in ((self.group.place + 1) % n, (self.group.place - 1) % n):
-            raise ValueError(f"place {place} is no neighbour of place {self.group.place} on a ring of {n} ranks")
-        return place
+    def _check(self, *pair: int) -> None:
+        if pair not in self._pairs:
+            raise ValueError(f"channel {self.name} carries nothing from place {pair[0]} to place {pair[1]}")
 
     def _release(self) -> None:
         self._sending = [(left, tensor) for left, tensor in self._sending if not left()]

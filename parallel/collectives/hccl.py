@@ -1,7 +1,8 @@
 """The Ascend backend: MindSpore's HCCL operators, in processes that msrun started.
 
 Never run by this project's tests, for want of the hardware: they compile it on CPU with recording stand-ins in the
-places of `mindspore.ops` and `mindspore.communication`, and compare operators, groups and their order.
+places of `mindspore.ops`, `mindspore.communication` and `mindspore.mint.distributed`, and compare operators, groups
+and their order.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from typing import Any, NoReturn
 
 import mindspore
 import numpy as np
-from mindspore import Parameter, Tensor, nn, ops
+from mindspore import Parameter, Tensor, mint, nn, ops
 
-from parallel.collectives.interface import Collective, Group, Operator
+from parallel.collectives.interface import Collective, Group, Operator, Pairs
 from parallel.collectives.packing import Carrier, Packed, dtype_of, effect, size_of
 from parallel.traffic import DTYPE_BYTES
 
@@ -139,14 +140,16 @@ class Spread(nn.Cell):
 
 
 class HcclBackend:
-    """Groups and operators of HCCL; `operators` and `communication` are replaced in tests."""
+    """Groups, operators and messages of HCCL; the modules that they come from are replaced in tests."""
 
     note = "hccl"
     dtypes = DTYPES
-    timed = False  # graphs are only launched by the host; MindSpore's profiler reads the device's times
+    timed = False  # collectives run within graphs on the device; MindSpore's profiler has their times
 
-    def __init__(self, operators: Any = ops, communication: Any = mindspore.communication) -> None:
-        self._operators, self._communication = operators, communication
+    def __init__(
+        self, operators: Any = ops, communication: Any = mindspore.communication, messages: Any = mint.distributed
+    ) -> None:
+        self._operators, self._communication, self._messages = operators, communication, messages
         self.world = HcclWorld(operators, communication)
         self._groups: set[str] = set()
 
@@ -156,15 +159,15 @@ class HcclBackend:
         carriers = [Carrier(dtype, dtype, self._flat(collective, group)) for dtype in types]
         return HcclOperator(collective, carriers, f"counts.{collective.name}.{collective.place}.{group}")
 
-    def transport(self, group: Group, name: str) -> HcclTransport:
+    def transport(self, group: Group, name: str, pairs: Pairs) -> HcclTransport:
         everyone = HostGather(self._operators.AllGather(group=self._whole(group)))
-        n, directions = len(group.ranks), {}
+        directions = {}
         # A group comes about when both ranks have asked for it, so all ask in the order of the pairs.
-        for a, b in sorted({(i, (i + step) % n) for i in range(n) for step in (1, -1)}):
+        for a, b in sorted(pairs):
             if group.place in (a, b):
                 name_of_pair = f"busway-{'-'.join(group.axes)}-{name}-{group.ranks[a]}-{group.ranks[b]}"
                 directions[a, b] = self._group(name_of_pair, sorted((group.ranks[a], group.ranks[b])))
-        return HcclTransport(self._operators, group.place, directions, everyone)
+        return HcclTransport(self._messages, group, directions, everyone)
 
     def _flat(self, collective: Collective, group: str) -> Any:
         """What runs `collective` on a flat message."""
@@ -199,52 +202,48 @@ class HcclBackend:
 
 
 class HcclTransport:
-    """`Send` and `Receive`, each a compiled cell of its own. `directions`: (from, to) -> the group of the two ranks.
+    """MindSpore's eager `isend` and `irecv`. `directions`: (from, to) -> the group of the two ranks.
 
-    MindSpore runs each group's communication in order on a stream of its own, and HCCL's send waits for its receive.
-    With a group for each direction no message waits for one that goes the other way; MindSpore's own pipeline does the
-    same. It costs device memory: every group takes twice HCCL_BUFFSIZE.
+    This rests on MindSpore 2.10's sources and was never run on the hardware. Its CPU backend was seen to do
+    what the second and third say.
+
+    - HCCL's send waits for its receive. Eager communication runs on a stream of its group, after all that the default
+      stream was given; `wait` holds the default stream up, not the host. So with a group for each direction no message
+      waits for one that goes another way. It costs device memory: every group takes twice HCCL_BUFFSIZE.
+    - Peers are ranks of the world. `communication.init` and `create_group` are all that it needs, and outside of cells
+      GRAPH_MODE does not forbid it.
+    - A graph of GRAPH_MODE ends with the host waiting for the whole device ("Sync stream in the step end"), messages
+      too: they overlap with the one graph that follows them. So none may be asked for ahead of a graph that its sender
+      waits for; `parallel.schedules.requests` gives an order in which nobody waits for ever. With `Send` and `Receive`
+      in graphs of their own a rank could not even ask for a message while its own is on the way.
     """
 
+    ahead = False
+
     def __init__(
-        self, operators: Any, place: int, directions: dict[tuple[int, int], str], everyone: HostGather
+        self, messages: Any, group: Group, directions: dict[tuple[int, int], str], everyone: HostGather
     ) -> None:
-        self._operators, self._place, self._directions = operators, place, directions
+        self._messages, self._group, self._directions = messages, group, directions
         self.all_gather = everyone.gather
-        self._cells: dict[tuple, nn.Cell] = {}
 
     def send(self, tensor: Tensor, place: int) -> Callable[[], bool]:
-        key = (place,)
-        if key not in self._cells:
-            group, last = self._directions[self._place, place], int(place > self._place)
-            self._cells[key] = SendCell(effect(self._operators.Send(sr_tag=0, dest_rank=last, group=group)))
-        self._cells[key](tensor)
+        self._messages.isend(tensor, self._group.ranks[place], self._directions[self._group.place, place])
         return _at_once
 
     def receive(
         self, shape: tuple[int, ...], dtype: str, place: int
     ) -> tuple[Callable[[], bool], Callable[[], Tensor]]:
-        key = place, shape, dtype
-        if key not in self._cells:
-            group, last = self._directions[place, self._place], int(place > self._place)
-            kind = getattr(mindspore, dtype)
-            receive = self._operators.Receive(sr_tag=0, src_rank=last, shape=list(shape), dtype=kind, group=group)
-            self._cells[key] = Simply(effect(receive))
-        tensor = self._cells[key]()
-        return _at_once, lambda: tensor
+        tensor = ops.zeros(shape, getattr(mindspore, dtype))
+        group = self._directions[place, self._group.place]
+        handle = self._messages.irecv(tensor, self._group.ranks[place], group)
+
+        def arrived() -> Tensor:
+            handle.wait()
+            return tensor
+
+        return _at_once, arrived
 
 
 def _at_once() -> bool:
-    """What uses a message waits for it on the device."""
+    """What uses a message waits for it on the device, and so does what takes the memory of one that was sent."""
     return True
-
-
-class SendCell(nn.Cell):
-    """Sends a tensor, and returns it."""
-
-    def __init__(self, operator: Any) -> None:
-        super().__init__(auto_prefix=False)
-        self.operator = operator
-
-    def construct(self, tensor: Tensor) -> Tensor:
-        return ops.depend(tensor, self.operator(tensor))

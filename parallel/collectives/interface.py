@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn, Protocol
 
 import numpy as np
 from mindspore import Tensor
+
+Pairs = Collection[tuple[int, int]]
+"""(from, to): places in a group between which messages go."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,10 @@ class Operator(Protocol):
 
 
 class Transport(Protocol):
-    """Messages between neighbours on the ring of a group; those from one to another arrive in the order sent."""
+    """Messages between ranks of a group; those from one to another arrive in the order sent."""
+
+    ahead: bool
+    """Whether a graph may run between asking for a message and its sending: not where the graph's end waits for it."""
 
     def send(self, tensor: Tensor, place: int) -> Callable[[], bool]:
         """Start to send to the rank at `place`; what says whether it has left, until it has."""
@@ -127,5 +133,5 @@ class Backend(Protocol):
     def operator(self, collective: Collective) -> Operator:
         """A new operator."""
 
-    def transport(self, group: Group, name: str) -> Transport:
+    def transport(self, group: Group, name: str, pairs: Pairs) -> Transport:
         """A new transport, which waits for no other. `name` is unlike those of others over the group."""

@@ -22,7 +22,7 @@ from mindspore import Tensor, nn, ops
 from mpi4py import MPI
 
 from parallel.collectives import channel
-from parallel.collectives.interface import Collective, Event, Group, Operator
+from parallel.collectives.interface import Collective, Event, Group, Operator, Pairs
 from parallel.collectives.packing import Carrier, Packed, effect, result_shape
 from parallel.mesh import DENSE, EXPERT
 from parallel.traffic import DTYPE_BYTES
@@ -99,7 +99,7 @@ class MpiBackend:
             return NativeOperator(self._library, communicator, collective)
         return PythonOperator(communicator, collective)
 
-    def transport(self, group: Group, name: str) -> MpiTransport:
+    def transport(self, group: Group, name: str, pairs: Pairs) -> MpiTransport:
         return MpiTransport(_communicator(group))
 
 
@@ -269,6 +269,8 @@ def wait(requests: list[MPI.Request]) -> None:
 
 class MpiTransport:
     """Non-blocking messages over a communicator of their own, from and into the memory of tensors."""
+
+    ahead = True
 
     def __init__(self, communicator: MPI.Comm) -> None:
         self._comm = communicator

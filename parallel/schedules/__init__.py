@@ -10,7 +10,7 @@ from parallel.schedules.check import RECEIVE, SEND, check_schedule, messages, pe
 from parallel.schedules.draw import draw
 from parallel.schedules.generate import NAMES, make
 from parallel.schedules.schedule import BACKWARD, FORWARD, INPUT, V_SHAPED, WEIGHT, Action, Message, Schedule
-from parallel.schedules.simulate import Formula, Timeline, Times, bubble_formula, simulate
+from parallel.schedules.simulate import Formula, Timeline, Times, bubble_formula, requests, simulate
 from parallel.schedules.split import cut
 
 __all__ = [
@@ -35,5 +35,6 @@ __all__ = [
     "make",
     "messages",
     "peaks",
+    "requests",
     "simulate",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import sub
@@ -9,7 +10,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 from parallel.schedules.check import per_stage
-from parallel.schedules.schedule import Schedule
+from parallel.schedules.schedule import Action, Schedule
 
 Duration = float | Sequence[float]
 
@@ -80,6 +81,25 @@ def simulate(schedule: Schedule, times: Times) -> Timeline:
     return Timeline(
         schedule, times, tuple(tuple(starts[s]) for s in by_rank), tuple(tuple(ends[s]) for s in by_rank), max(ends)
     )
+
+
+def requests(schedule: Schedule, rank: int) -> list[list[Action]]:
+    """For each action of `rank`, those whose messages it asks for just before: what in unit times was sent by then.
+
+    So every rank comes to its end even where a pass ends only when all has arrived that its rank sent and asked for
+    before it: it waits for passes alone that, in unit times, start earlier.
+    """
+    timeline = simulate(schedule, Times())
+    ends = {
+        schedule.outgoing(action): end
+        for actions, own in zip(schedule.actions, timeline.ends, strict=True)
+        for action, end in zip(actions, own, strict=True)
+    }
+    due = [[] for _ in schedule.actions[rank]]
+    for action in schedule.actions[rank]:
+        if message := schedule.incoming(action):
+            due[bisect_left(timeline.starts[rank], ends[message])].append(action)
+    return due
 
 
 class Formula(NamedTuple):

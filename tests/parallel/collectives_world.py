@@ -206,7 +206,8 @@ def try_channels(made: Collectives) -> dict:
     following, before = (rank + 1) % 4, (rank - 1) % 4
     seen: dict = {}
     made.reset_traffic()
-    ahead, back = made.Channel("dense", "ahead"), made.Channel("dense", "back")
+    ring = [(place, (place + 1) % 4) for place in range(4)]
+    ahead, back = made.Channel("dense", "ahead", ring), made.Channel("dense", "back", [pair[::-1] for pair in ring])
     asked = [
         ahead.receive(shape, getattr(ms, dtype), before) for shape, dtype in zip(SHAPES, DTYPES, strict=True)
     ] + [back.receive((), ms.float32, following)]  # fmt: skip
@@ -223,7 +224,7 @@ def try_channels(made: Collectives) -> dict:
     back.check_drained()
     seen["traffic"] = made.traffic().rows()
 
-    waits = made.Channel("dense", "waits")
+    waits = made.Channel("dense", "waits", ring)
     late = waits.receive((1,), ms.int32, before)
     world.barrier()
     if rank == 0:
@@ -237,7 +238,8 @@ def try_channels(made: Collectives) -> dict:
     seen["cpu seconds while waiting"] = time.process_time() - start
     waits.check_drained()
 
-    unmatched = made.Channel("tp", "unmatched")
+    both = [(0, 1), (1, 0)]
+    unmatched = made.Channel("tp", "unmatched", both)
     peer = 1 - unmatched.group.place
     if rank in (0, 1):
         unmatched.send(Tensor(np.zeros(1 << 20, np.float32)), peer)
@@ -248,7 +250,7 @@ def try_channels(made: Collectives) -> dict:
         seen["unmatched"] = None
     except RuntimeError as error:
         seen["unmatched"] = str(error)
-    short = made.Channel("tp", "short")
+    short = made.Channel("tp", "short", both)
     short.send(Tensor(np.zeros(3, np.float32)), peer)
     try:
         short.receive((2, 2), ms.float32, peer).wait()

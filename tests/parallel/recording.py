@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from types import SimpleNamespace
@@ -22,18 +22,15 @@ import numpy as np
 import pytest
 from mindspore import nn
 
-from models import kernels
-from models.attention import rotary_tables
-from models.decoder import decoder_segments
 from models.kernels import ascend
 from models.weights import Weight
-from parallel.apply import parallelize
 from parallel.collectives import Collectives, hccl
 from parallel.collectives.channel import Channel
 from parallel.mesh import DENSE, Mesh
 from parallel.traffic import Traffic, step_traffic
 from parallel.zero import Zero
 from trainer import precision, step
+from trainer.build import assemble
 from trainer.data.loader import Batch
 from trainer.recipe import Recipe
 
@@ -235,7 +232,9 @@ class Call(NamedTuple):
     """What a rank asked of HCCL, or waited for."""
 
     operator: str
-    """Its class, with what else must be the same on all ranks; ``create_group``; or ``wait``, for a ``Receive``."""
+    """Its class, with what else must be the same on all ranks; ``create_group``; ``isend`` and ``irecv``; ``wait``, for
+    what the latter asked for; ``end`` of a graph, where messages are under way: see `test_hccl_layouts.run`.
+    """
     group: int
     """In `Record.groups`."""
     dtype: str = ""
@@ -256,9 +255,8 @@ class Call(NamedTuple):
     @property
     def wanted(self) -> tuple:
         """What the rank at the other end must ask for, if it is a message; else the same."""
-        verb, *rest = self.operator.split()
-        verb = {"Send": "Receive", "Receive": "Send"}.get(verb, verb)
-        return " ".join([verb, *rest]), self.dtype, self.shape
+        other = {"isend": "irecv", "irecv": "isend"}.get(self.operator, self.operator)
+        return other, self.dtype, self.shape
 
     def __str__(self) -> str:
         return f"{self.operator} {self.dtype} {list(self.shape)}" if self.dtype else self.operator
@@ -278,23 +276,22 @@ class Record(NamedTuple):
 
 
 class Operator:
-    """In the place of an operator of HCCL."""
+    """In the place of an operator of HCCL. `result` makes the result's shape of the message's."""
 
-    def __init__(self, recorder: Recorder, name: str, group: str, result: Any) -> None:
+    def __init__(self, recorder: Recorder, name: str, group: str, result: Callable[[Shape], Any]) -> None:
         self.recorder, self.name, self.group, self.result = recorder, name, group, result
 
     def add_prim_attr(self, name: str, value: Any) -> None:
         assert (name, value) == ("side_effect_io", True)
 
-    def __call__(self, *inputs: Any) -> Any:
-        message, *counts = inputs or (self.result,)
+    def __call__(self, message: Any, *counts: tuple[int, ...]) -> Any:
         message = message[0] if isinstance(message, tuple) else message
         self.recorder.note(self.name, self.group, str(message.dtype), message.shape, *counts)
-        return self.result(message) if callable(self.result) else self.result
+        return self.result(message)
 
 
 class Recorder:
-    """In the places of `mindspore.ops` and `mindspore.communication`, as one rank sees them."""
+    """In the places of the modules that `hccl.HcclBackend` takes, as one rank sees them."""
 
     HCCL_WORLD_COMM_GROUP = WORLD
 
@@ -302,6 +299,7 @@ class Recorder:
         self.rank, self.groups = rank, {WORLD: tuple(range(size))}
         self.calls: list[Call] = []
         self.numbers = {WORLD: 0}
+        self.under_way = False
 
     def init(self) -> None:
         pass
@@ -338,13 +336,22 @@ class Recorder:
     def Broadcast(self, root_rank: int, group: str) -> Operator:
         return Operator(self, f"Broadcast from {root_rank}", group, lambda x: (like(x),))
 
-    def Send(self, sr_tag: int, dest_rank: int, group: str) -> Operator:
-        assert self.groups[group][dest_rank] != self.rank and len(self.groups[group]) == 2
-        return Operator(self, f"Send {sr_tag}", group, like)
+    def isend(self, tensor: Shape, dst: int, group: str) -> None:
+        self._message("isend", tensor, dst, group)
 
-    def Receive(self, sr_tag: int, src_rank: int, shape: list[int], dtype: Any, group: str) -> Operator:
-        assert self.groups[group][src_rank] != self.rank and len(self.groups[group]) == 2
-        return Operator(self, f"Receive {sr_tag}", group, Shape.of(shape, dtype))
+    def irecv(self, tensor: Shape, src: int, group: str) -> SimpleNamespace:
+        self._message("irecv", tensor, src, group)
+        return SimpleNamespace(wait=partial(self.note, "wait", group))
+
+    def _message(self, name: str, tensor: Shape, peer: int, group: str) -> None:
+        assert sorted((peer, self.rank)) == list(self.groups[group])
+        self.note(name, group, str(tensor.dtype), tensor.shape)
+        self.under_way = True
+
+    def end_graph(self) -> None:
+        if self.under_way:
+            self.note("end", WORLD)
+        self.under_way = False
 
 
 class HostGather:
@@ -356,22 +363,8 @@ class HostGather:
     def gather(self, value: Any) -> list[Any]:
         recorder, group = self.operator.recorder, self.operator.group
         recorder.note("HostGather", group)
+        recorder.end_graph()
         return [value] * len(recorder.groups[group])
-
-
-def receive(transport: hccl.HcclTransport, shape: tuple[int, ...], dtype: str, place: int) -> tuple:
-    """`HcclTransport.receive`, noting too when the message is needed."""
-    ready, tensor = _receive(transport, shape, dtype, place)
-    group = transport._directions[place, transport._place]
-
-    def arrive() -> Shape:
-        transport._operators.note("wait", group)
-        return tensor()
-
-    return ready, arrive
-
-
-_receive = hccl.HcclTransport.receive
 
 
 class Graphs:
@@ -379,8 +372,8 @@ class Graphs:
     it is called with inputs of the same shapes. So many micro-batches take no longer than one.
     """
 
-    def __init__(self) -> None:
-        self.inside = False
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder, self.inside = recorder, False
         self.known: dict[tuple, tuple] = {}
         EFFECTS.clear()
 
@@ -395,16 +388,17 @@ class Graphs:
             result, effects = self.known[key]
             for effect in effects:
                 effect()
-            return result
-        start, self.inside = len(EFFECTS), True
-        result = cell.construct(*inputs)
-        self.inside = False
-        self.known[key] = result, EFFECTS[start:]
+        else:
+            start, self.inside = len(EFFECTS), True
+            result = cell.construct(*inputs)
+            self.inside = False
+            self.known[key] = result, EFFECTS[start:]
+        self.recorder.end_graph()
         return result
 
 
 @contextmanager
-def shapes_alone() -> Iterator[None]:
+def shapes_alone(recorder: Recorder) -> Iterator[None]:
     """Inside, Busway runs on `Shape`s."""
     stand_ins = [
         (ms.ops, OPS), (ms.ops.auto_generate, FUSED), (ms.Tensor, Shape), (ms.Parameter, parameter),
@@ -417,9 +411,8 @@ def shapes_alone() -> Iterator[None]:
                     for real, stand_in in stand_ins:
                         if value is real:
                             patch.setattr(module, word, stand_in)
-        patch.setattr(nn.Cell, "__call__", Graphs())
+        patch.setattr(nn.Cell, "__call__", Graphs(recorder))
         patch.setattr(hccl, "HostGather", HostGather)
-        patch.setattr(hccl.HcclTransport, "receive", receive)
         # Only all ranks together know whether what one sent was asked for: tests compare their records.
         patch.setattr(Channel, "check_drained", lambda channel: channel._transport.all_gather(None))
         patch.setattr(ascend, "_causal_corner", lambda: Shape.of((2048, 2048), ms.uint8))
@@ -437,7 +430,6 @@ class Ranks:
         self.recipe, self.layout = recipe, recipe.parallel_layout
         self.mesh = Mesh(self.layout, recipe.machine)
         self.precision = precision.choose(recipe.train.precision, "Ascend")
-        self.tables = rotary_tables(recipe.model, recipe.data.seq_len, self.precision.dtype)
 
     def record(self, rank: int) -> Record:
         """One step of `rank`, and one evaluation."""
@@ -445,26 +437,13 @@ class Ranks:
         micro_batches = self.layout.check_batch(self.recipe.train.global_batch)
         zeros = np.zeros((micro_batches, self.layout.micro_batch * self.recipe.data.seq_len), np.int32)
         batch = Batch(zeros, zeros, zeros)
-        with shapes_alone():
-            collectives = Collectives(self.mesh, hccl.HcclBackend(recorder, recorder))
-            train_step = self._train_step(collectives, micro_batches)
+        with shapes_alone(recorder):
+            collectives = Collectives(self.mesh, hccl.HcclBackend(recorder, recorder, recorder))
+            train_step, *_ = assemble(self.recipe, collectives, "Ascend", None)
             train_step(batch, 1e-3, 1, False)
             end, account = len(recorder.calls), collectives.traffic()
             train_step.evaluate([batch])
         return Record(rank, list(recorder.groups.items()), recorder.calls, end, account)
-
-    def _train_step(self, collectives: Collectives, micro_batches: int) -> step.TrainStep:
-        """As `trainer.build.build` makes it."""
-        recipe, dtype, seq_len = self.recipe, self.precision.dtype, self.recipe.data.seq_len
-        table = kernels.choose(recipe.train.kernels, self.precision.name, "Ascend", recipe.data.mask_documents)
-        segments = decoder_segments(recipe.model, table, self.precision.rounding)
-        schedule = self.layout.pipeline(recipe.train.global_batch)
-        parallel = parallelize(segments, recipe.model, table, collectives, schedule, seq_len, dtype)
-        weights = step.Weights(parallel.weights, parallel.data, None, dtype)
-        finish = step.Finish(weights, table, recipe.optimizer, dtype)
-        tables = [whole[parallel.positions] for whole in self.tables]
-        stream = (self.layout.stream_tokens(seq_len), recipe.model.hidden)
-        return step.TrainStep(parallel, weights, finish, micro_batches, tables, stream, seq_len, dtype)
 
     def predicted(self, rank: int) -> Traffic:
         """What the formulas say of a step."""

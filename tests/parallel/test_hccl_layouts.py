@@ -5,15 +5,14 @@ All ranks of small layouts, and layouts of 768 ranks of a supernode by their dis
 
 from __future__ import annotations
 
-import importlib.util
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
-from itertools import pairwise, zip_longest
-from pathlib import Path
+from itertools import chain, pairwise, zip_longest
 
 import pytest
+import recording
 import yaml
 from matrix import MATRIX, MODEL
 
@@ -22,9 +21,6 @@ from parallel.traffic import DTYPE_BYTES
 from trainer.compose import compose_recipe
 from trainer.recipe import Recipe
 
-SPEC = importlib.util.spec_from_file_location("recording", Path(__file__).with_name("recording.py"))
-recording = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(recording)
 Calls = tuple[recording.Call, ...]
 
 LAYOUTS = [name for name, entry in MATRIX.items() if entry.ranks > 1]
@@ -72,7 +68,7 @@ def check_sequences(records: Sequence[recording.Record]) -> None:
         if id(record.calls) not in split:  # those of ranks of one role are one list
             calls: dict[int, list[recording.Call]] = {}
             for call in record.calls:
-                if call.operator != "wait":
+                if call.operator not in ("wait", "end"):
                     calls.setdefault(call.group, []).append(call)
             split[id(record.calls)] = {group: tuple(own) for group, own in calls.items()}
         for group, (name, ranks) in enumerate(record.groups):
@@ -102,48 +98,57 @@ def _check_exchanges(name: str, sequences: Sequence[Calls]) -> None:
             assert gives == list(zip(*takes, strict=True)), f"{name}: call {number}: {gives}, but {takes}"
 
 
-def run(records: Sequence[recording.Record]) -> int:
-    """Run all ranks, each in its order, to their ends, as the streams of HCCL would; the number of calls.
+OTHER = {"isend": "irecv", "irecv": "isend"}
 
-    Collectives and `create_group` return when all members have called them. A send never holds its rank up, as the
-    stream of its group waits alone, and a ``wait`` returns when as many messages as were waited for have been sent.
-    Raises AssertionError where ranks wait for ever.
+
+def run(records: Sequence[recording.Record]) -> int:
+    """Run all ranks, each in its order, to their ends; the number of calls.
+
+    Collectives and `create_group` return when all members have called them, and a ``wait`` when as many messages as
+    were waited for have been sent. A send does not wait, but the ``end`` of a graph does: until whatever its rank sent
+    was asked for, and what it asked for was sent. Raises AssertionError where ranks wait for ever.
     """
     by_rank = {record.rank: record for record in records}
     position = dict.fromkeys(by_rank, 0)
     arrived: dict[str, list[int]] = {}
-    messages: Counter[str] = Counter()
     asleep: dict[str, int] = {}
+    count: Counter[tuple[str, str]] = Counter()
+    under_way: dict[int, set[tuple[str, str]]] = {rank: set() for rank in by_rank}
     ready = list(by_rank)
     while ready:
         rank = ready.pop()
-        record = by_rank[rank]
-        calls, groups = record.calls, record.groups
+        calls, groups = by_rank[rank].calls, by_rank[rank].groups
         while position[rank] < len(calls):
             operator, group = calls[position[rank]][:2]
             name, ranks = groups[group]
-            if operator.startswith("Send"):
-                messages[name] += 1
-                if name in asleep and messages[name] == 0:
+            if operator in OTHER:
+                count[operator, name] += 1
+                under_way[rank].add((operator, name))
+                if name in asleep:
                     ready.append(asleep.pop(name))
             elif operator == "wait":
-                messages[name] -= 1
-                if messages[name] < 0:
+                if count["isend", name] <= count["wait", name]:
                     asleep[name] = rank
-                    position[rank] += 1
                     break
-            elif not operator.startswith("Receive"):
+                count["wait", name] += 1
+            elif operator == "end":
+                late = (name for own, name in under_way[rank] if count[OTHER[own], name] < count[own, name])
+                if name := next(late, ""):
+                    asleep[name] = rank
+                    break
+                under_way[rank].clear()
+            else:
                 waiting = arrived.setdefault(name, [])
                 waiting.append(rank)
                 if len(waiting) < len(ranks):
-                    position[rank] += 1
                     break
-                waiting.remove(rank)
-                ready += waiting
+                for other in waiting[:-1]:
+                    position[other] += 1
+                ready += waiting[:-1]
                 waiting.clear()
             position[rank] += 1
     stuck = {rank: name for name, ranks in arrived.items() for rank in ranks} | {r: name for name, r in asleep.items()}
-    what = [f"rank {r} in {by_rank[r].calls[position[r] - 1]} of {stuck[r]}" for r in sorted(stuck)]
+    what = [f"rank {rank} in {by_rank[rank].calls[position[rank]]} of {stuck[rank]}" for rank in sorted(stuck)]
     assert not stuck, f"these wait for ever: {'; '.join(what)}"
     return sum(position.values())
 
@@ -185,7 +190,7 @@ def test_the_account_is_what_the_formulas_say(layout, precision):
 
 def collective(call: recording.Call) -> str:
     """As in `parallel.traffic`; nothing for what is no primitive."""
-    names = {"AllReduce": "all_reduce", "AllGather": "all_gather", "ReduceScatter": "reduce_scatter", "Send": "send",
+    names = {"AllReduce": "all_reduce", "AllGather": "all_gather", "ReduceScatter": "reduce_scatter", "isend": "send",
              "AlltoAllV": "all_to_all" if all(call.gives) else "send"}  # fmt: skip
     return names.get(call.operator.split()[0], "")
 
@@ -282,6 +287,42 @@ def test_a_message_of_another_shape_is_found():
         at = of_group(record, calls, "busway-pp-activation-2-3")[2]
         calls[at] = calls[at]._replace(shape=(7, 7))
 
-    message = r"busway-pp-activation-2-3: call 2 is Send 0 Float32 \[7, 7\] on rank 2 and Receive 0 .* on rank 3"
+    message = r"busway-pp-activation-2-3: call 2 is isend Float32 \[7, 7\] on rank 2 and irecv .* on rank 3"
     with pytest.raises(AssertionError, match=message):
         check_sequences(mutated(layout, 2, shorten))
+
+
+def stuck(recorded: Sequence[recording.Record]) -> bool:
+    try:
+        run(recorded)
+    except AssertionError as error:
+        return "these wait for ever" in str(error)
+    return False
+
+
+PIPELINES = [name for name in LAYOUTS if any(word.startswith("layout.pp=") for word in MATRIX[name].layout)]
+
+
+@pytest.mark.parametrize("layout", ["1f1b, tied", "interleaved", "four stages, zb_h1", "zb_v, tied", "dualpipe_v"])
+def test_messages_in_graphs_of_their_own_would_wait_for_ever(layout):
+    """`Send` and `Receive` in cells: each holds its rank up until the other side has come."""
+    held = []
+    for record in records(layout, "fp32")[1]:
+        calls = [[call, call._replace(operator="end")] if call.operator in OTHER else [call] for call in record.calls]
+        held.append(record._replace(calls=list(chain(*calls))))
+    assert stuck(held)
+
+
+@pytest.mark.parametrize("layout", PIPELINES)
+def test_messages_asked_for_ahead_of_a_graph_would_wait_for_ever(layout, monkeypatch):
+    monkeypatch.setattr(recording.hccl.HcclTransport, "ahead", True)
+    ranks, recorded = records(layout, "fp32")
+    ahead = [ranks.record(record.rank) for record in recorded]
+    assert stuck(ahead) == ranks.layout.early_receive
+
+
+@pytest.mark.parametrize("layout", PIPELINES)
+def test_a_rank_makes_no_group_for_messages_that_it_never_uses(layout):
+    for record in records(layout, "fp32")[1]:
+        used = {call.group for call in record.calls if call.operator in OTHER}
+        assert used == {i for i, (name, _) in enumerate(record.groups) if "activation" in name or "gradient" in name}

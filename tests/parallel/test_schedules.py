@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from models.checks import ConfigError
-from parallel.schedules import NAMES, RECEIVE, SEND, Action, Schedule, check_schedule, make, messages, peaks
+from parallel.schedules import NAMES, RECEIVE, SEND, Action, Schedule, check_schedule, make, messages, peaks, requests
 
 CHUNKS = {"interleaved": (2, 3, 4), "zb_v": (2,), "dualpipe_v": (2,)}
 V_SHAPED = ("zb_v", "dualpipe_v")
@@ -244,3 +244,41 @@ def test_numbers_that_a_schedule_forbids_are_errors_with_key_rule_and_remedy(arg
     for micro_batches in re.findall(r"make them (\d+)(?: or (\d+))?", str(caught.value)):
         for count in filter(None, micro_batches):
             make(*arguments[:3], int(count))
+
+
+def ends_held_up(schedule: Schedule) -> bool:
+    """Whether all ranks end if a pass ends only when what its rank has sent was asked for, and what it asked for sent.
+
+    Every rank asks for messages as `requests` says.
+    """
+    due = [requests(schedule, rank) for rank in range(schedule.pp)]
+    position, begun, moved = [0] * schedule.pp, [-1] * schedule.pp, True
+    under_way, done = [set() for _ in due], {"sent": set(), "asked": set()}
+    while moved:
+        moved = False
+        for rank, actions in enumerate(schedule.actions):
+            while (at := position[rank]) < len(actions):
+                if begun[rank] < at:
+                    asked = {("sent", schedule.incoming(action)) for action in due[rank][at]}
+                    under_way[rank] |= asked
+                    done["asked"] |= {message for _, message in asked}
+                    begun[rank], moved = at, True
+                needed = schedule.incoming(actions[at])
+                if needed and needed not in done["asked"]:
+                    return False
+                if any(message not in done[verb] for verb, message in under_way[rank]):
+                    break
+                made, position[rank], moved = schedule.outgoing(actions[at]), at + 1, True
+                under_way[rank] = {("asked", made)} if made else set()
+                done["sent"] |= {made}
+    return position == [len(actions) for actions in schedule.actions]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("pp", [2, 3, 4, 5])
+def test_ranks_that_ask_as_stated_end_even_if_passes_wait_for_messages(name, pp):
+    for micro_batches in [m for m in (1, pp, 2 * pp, 2 * pp + 1, 5 * pp) if legal(name, pp, m)]:
+        for vpp in CHUNKS.get(name, (1,)):
+            schedule = make(name, pp, vpp, micro_batches)
+            forwards = tuple(tuple(action for action in own if action.kind == "F") for own in schedule.actions)
+            assert ends_held_up(schedule) and ends_held_up(replace(schedule, actions=forwards))

@@ -188,6 +188,18 @@ def test_a_step_moves_what_was_counted_by_hand(machine, layout, counted):
     assert found == counted
 
 
+def test_linears_give_and_take_bfloat16_and_sums_of_gradients_stay_wide(machine):
+    """Where forwards leave a layer and every gather of one, the head's two too; of the embedding all is float32."""
+    layout = Layout(dp=1, tp=2, sequence_parallel=True, recompute="full")
+    payload = step_traffic(Mesh(layout, machine("any")), 1, *STEP, linears="bfloat16").payload
+    assert {key[1:]: value for key, value in payload.items() if key[1] != "all_reduce"} == {
+        ("reduce_scatter", "bfloat16"): (2 * 4 * 8 * 64, 4 * 8),
+        ("reduce_scatter", "float32"): (4 * 4 * 6 * 64, 4 * 6),
+        ("all_gather", "bfloat16"): (2 * 4 * 18 * 32, 4 * 18),
+        ("all_gather", "float32"): (4 * 4 * (32 + 16), 4 * 2),
+    }
+
+
 def test_pieces_are_padded_weight_by_weight(machine):
     """Of the layer's 6 weights of 8, 128, 64, 8, 192 and 96 elements three ranks have 3, 43, 22, 3, 64 and 32 each."""
     account = step_traffic(Mesh(Layout(dp=3, zero=1), machine("any")), 0, CONFIG, 8, 3, "float64")
