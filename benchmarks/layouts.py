@@ -97,7 +97,7 @@ def measure(name: str, folder: str, peers: list[World]) -> dict[str, float]:
     busway = World(name, 2, "busway_layout.py", folder, "2", *words, *COMMON, f"train.name={name}")
     worlds, losses = [*peers, busway], busway.first_losses()
     if "layout.micro_batch=1" in words:
-        worlds.append(alone("one_micro", folder, 1, 1))
+        worlds.append(alone(f"{name}_micro", folder, 1, 1))
         worlds[-1].first_losses()
     if technique:
         worlds.append(World(f"bare {technique}", 2, "bare_layout.py", folder, technique))
