@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import pickle
 import sys
 import threading
@@ -310,12 +311,14 @@ def try_host(world: collectives.World) -> dict:
 def main(path: str) -> None:
     ms.set_context(mode=ms.GRAPH_MODE, device_target="CPU")
     ms.runtime.dispatch_threads_num(1)
+    cores = sorted(os.sched_getaffinity(0))
     from parallel.collectives import mpi  # initialises MPI, which the test that imports this file must not
 
     mesh = Mesh(Layout(dp=2, tp=2, ep=4), load(LAPTOP))
     made = collectives.connect(mesh)
     world = made.world
-    seen = {"chosen": made.describe(), "host": try_host(world), "channels": try_channels(made)}
+    seen = {"chosen": made.describe(), "cores": (cores, sorted(os.sched_getaffinity(0)))}
+    seen |= {"host": try_host(world), "channels": try_channels(made)}
     seen["python"] = try_form(Collectives(mesh, mpi.MpiBackend(native=False)))
     if mpi.LIBRARY.exists():
         seen["native"] = try_form(Collectives(mesh, mpi.MpiBackend(native=True)))
@@ -329,6 +332,7 @@ def main(path: str) -> None:
     except ValueError as error:
         seen["other size"] = str(error)
 
+    seen["cores"] += (sorted(os.sched_getaffinity(0)),)
     everything = world.all_gather(seen)
     if world.rank == 0:
         with open(path, "wb") as file:

@@ -242,6 +242,13 @@ def test_a_message_of_another_size_and_a_distant_peer_are_errors(world):
         assert seen["channels"]["far"] == f"channel ahead carries nothing from place {rank} to place {far}"
 
 
+def test_ranks_share_the_cores_of_their_machine_and_keep_what_they_have(world):
+    for rank, seen in enumerate(world[1]):
+        before, after, at_the_end = seen["cores"]
+        share = max(1, len(before) // 4)
+        assert after == at_the_end == [before[(rank * share + i) % len(before)] for i in range(share)]
+
+
 def test_the_host_helpers_reach_all_ranks(world):
     for seen in world[1]:
         assert seen["host"]["broadcast"] == {"from": 2}
