@@ -2,7 +2,7 @@
 
 Weak scaling of the Llama shape of `benchmarks/step.py`, fp32, one thread a rank: two ranks train 8 sequences a step,
 one rank 4. Every rank, of the peers too, is bound to a core of its own, as MindSpore takes as many threads as there are
-cores for it, whatever OMP_NUM_THREADS says (`--unbound` leaves ranks alone). For each layout, in turn in one run:
+cores for it, whatever OMP_NUM_THREADS says. For each layout, in turn in one run:
 
     one rank    the trainer without a layout, in micro-batches of 4 sequences; `efficiency` is its step time over the
                 layout's. For pipelines also in micro-batches of 1, as theirs are: `micro` is what that leaves
@@ -47,7 +47,6 @@ ROUNDS, STEPS, FIRST_STEPS = 11, 4, 4
 TOLERANCE = 1e-5
 """Relative, between Busway's loss and the bare script's."""
 
-BOUND = ["-bind-to", "core"]
 COMMON = ("train.global_batch=8", "metrics.trace=true")
 RUNS = {
     "tp": (["layout.tp=2", "layout.micro_batch=8"], "tp"),
@@ -72,8 +71,8 @@ class World(Worker):
         paths = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
         threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         env = {**os.environ, **threads, "OMP_WAIT_POLICY": "passive", "PYTHONPATH": os.pathsep.join(paths)}
-        command = [mpiexec, *BOUND, "-n", str(ranks), sys.executable, "-P", str(HERE / "steps" / script), *words]
-        super().__init__(name, command, env)
+        command = [mpiexec, "-bind-to", "core", "-n", str(ranks), sys.executable, "-P", str(HERE / "steps" / script)]
+        super().__init__(name, [*command, *words], env)
 
     def first_losses(self) -> list[float]:
         """The losses of the first steps, whose times do not count."""
@@ -147,11 +146,8 @@ def main() -> None:
     """Measure, and print the table and one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(RUNS)} (all)")
-    parser.add_argument("--unbound", action="store_true", help="let ranks run on any core")
     arguments = parser.parse_args()
     names = arguments.names or list(RUNS)
-    if arguments.unbound:
-        BOUND.clear()
     if unknown := sorted(set(names) - set(RUNS)):
         parser.error(f"unknown {', '.join(unknown)}; known: {', '.join(RUNS)}")
     rows = {}

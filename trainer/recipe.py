@@ -63,7 +63,7 @@ class Recipe:
         self.machine.check_fits(self.parallel_layout.world_size)
 
     def _layout(self) -> Layout:
-        """The layout with what was left out: dp from `launcher.ranks`, the micro-batch from the batch."""
+        """The layout with what was left out: dp from `launcher.ranks`, the micro-batch from the batch and pp."""
         keys, ranks = dataclasses.asdict(self.layout), self.launcher.ranks
         if ranks and not keys["dp"]:
             replica = Layout(**keys | {"dp": 1, "micro_batch": 1}).world_size
@@ -75,7 +75,7 @@ class Recipe:
             )
             keys["dp"] = ranks // replica
         keys["dp"] = keys["dp"] or 1
-        keys["micro_batch"] = keys["micro_batch"] or max(1, self.train.global_batch // keys["dp"])
+        keys["micro_batch"] = keys["micro_batch"] or max(1, self.train.global_batch // (keys["dp"] * keys["pp"]))
         layout = Layout(**keys)
         if ranks:
             layout.check_world(ranks)

@@ -21,7 +21,7 @@ with tempfile.TemporaryDirectory() as folder:
     shape = ["layers=4", "hidden=256", "ffn=688", "heads=8", "kv_heads=8", "vocab=1024"]
     recipe = compose_recipe(
         "tiny_dense",
-        [*(f"model.{s}" for s in shape), "layout.dp=1", "layout.micro_batch=4", "train.global_batch=4",
+        [*(f"model.{s}" for s in shape), "layout.tp=1", "layout.pp=1", "layout.micro_batch=4", "train.global_batch=4",
          "data.seq_len=256", f"data.sources=[{{path: {folder}/tokens}}]", "data.tokenizer=null",
          f"train.out={folder}", "train.steps=1000000", "train.eval_every=0", "optimizer.lr=3e-4", "lr=constant"],
     ).recipe  # fmt: skip

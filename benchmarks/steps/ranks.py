@@ -23,7 +23,8 @@ def recipe_of(folder: str, words: list[str]) -> Recipe:
         "tiny_dense",
         [*(f"model.{name}={value}" for name, value in SHAPE.items()), f"data.seq_len={SEQ}", "data.tokenizer=null",
          f"data.sources=[{{path: {folder}/tokens}}]", f"train.out={folder}", "train.steps=1000000",
-         "train.eval_every=0", "optimizer.lr=3e-4", "lr=constant", "lr.warmup=0", "layout.dp=1", *words],
+         "train.eval_every=0", "optimizer.lr=3e-4", "lr=constant", "lr.warmup=0", "layout.dp=1", "layout.tp=1",
+         "layout.pp=1", *words],
     ).recipe  # fmt: skip
 
 

@@ -47,7 +47,7 @@ def changed(recipe: Recipe, words: Sequence[str]) -> Recipe:
 
 @cache
 def small(precision: str) -> Recipe:
-    overrides = ("data.seq_len=32", "layout.dp=null", f"train.precision={precision}")
+    overrides = ("data.seq_len=32", "layout.tp=1", "layout.pp=1", f"train.precision={precision}")
     return compose_recipe("tiny_dense", [*MODEL, *overrides]).recipe
 
 

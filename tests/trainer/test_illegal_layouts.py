@@ -52,7 +52,7 @@ ILLEGAL = {
 def test_an_illegal_layout_is_one_line_with_its_rule_and_what_would_do(layout, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "mindspore", None)
-    keys = ["layout.dp=1", "layout.micro_batch=1", *(f"layout.{key}" for key in layout.split())]
+    keys = ["layout.tp=1", "layout.pp=1", "layout.micro_batch=1", *(f"layout.{key}" for key in layout.split())]
     assert cli.main(["train", "tiny_dense", *keys]) == 2
     printed = capsys.readouterr()
     (line,) = printed.err.splitlines()

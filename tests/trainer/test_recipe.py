@@ -54,7 +54,7 @@ def test_all_published_models_have_a_recipe():
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 def test_the_built_in_recipe_is_legal_for_any_small_world(ranks):
-    recipe = recipe_of("tiny_dense", f"layout.dp={ranks}", "layout.micro_batch=1", "data.seq_len=64")
+    recipe = recipe_of("tiny_dense", f"layout.dp={ranks}", "layout.tp=1", "layout.pp=1", "data.seq_len=64")
     assert recipe.train.global_batch == 8 and recipe.parallel_layout.world_size == ranks
     model = recipe.model
     for size in (1, 2, 4):
@@ -94,7 +94,7 @@ def test_a_topology_file_replaces_the_recipes_topology(tmp_path):
 def test_a_topology_that_is_too_small_for_the_layout_is_refused(tmp_path):
     (tmp_path / "bench.yaml").write_text(TOPOLOGY)
     with pytest.raises(ConfigError, match="16"):
-        recipe_of("tiny_dense", f"topology={tmp_path}/bench.yaml", "layout.dp=16", "train.global_batch=64")
+        recipe_of("tiny_dense", f"topology={tmp_path}/bench.yaml", "layout.dp=4", "train.global_batch=64")
 
 
 @pytest.mark.parametrize("name", ["tiny_dense", "qwen3_32b"])
@@ -213,10 +213,10 @@ def test_the_page_of_keys_is_made_from_the_dataclasses():
 
 def test_explain_draws_the_timeline_of_the_pipeline(capsys):
     words = ["layout.pp=2", "layout.schedule=zb_h1", "layout.micro_batch=2"]
-    assert cli.main(["explain", "tiny_dense", "--timeline", "layout.dp=1", *words]) == 0
+    assert cli.main(["explain", "tiny_dense", "--timeline", *words]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line[0] for line in lines[:2]] == ["0", "1"]
     assert lines[0].count("F") == lines[1].count("F") == 4 and lines[1].count("W") == 4
     assert "bubble" in lines[-1]
-    assert cli.main(["explain", "tiny_dense", "--timeline"]) == 2
+    assert cli.main(["explain", "tiny_dense", "--timeline", "layout.pp=1"]) == 2
     assert "layout.pp is 1, so there is no pipeline to draw" in capsys.readouterr().err
