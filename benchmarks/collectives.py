@@ -12,7 +12,7 @@ then one line of JSON. What makes it fair:
 - numpy would put arrays of 4 MiB and more on huge pages, which MindSpore's memory is not on, and MPI copies twice as
   fast between those. Here it does not (NUMPY_MADVISE_HUGEPAGE=0).
 
-A channel, which works between graphs, stands beside `Sendrecv`; it sleeps while it waits, as a pipeline stage should.
+A channel, which works between graphs, stands beside `Sendrecv`.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -14,6 +15,9 @@ from mindspore import Tensor
 from parallel.collectives.interface import Group, Pairs, Transport
 from parallel.trace import MESSAGES, Recorder
 from parallel.traffic import DTYPE_BYTES
+
+PATIENCE = 300e-6
+"""Seconds for which a rank that waits offers its core before it sleeps: any sleep takes longer than most messages."""
 
 
 class Arrival:
@@ -123,8 +127,11 @@ class Channel:
 
 
 def wait(done: Callable[[], bool]) -> None:
-    """Return when `done`. Another rank's work may take long and needs the core, so sleep, ever longer."""
-    pause = 20e-6
+    """Return when `done`. Another rank's work may take long and needs the core: after `PATIENCE` sleep, ever longer."""
+    pause, end = 20e-6, time.monotonic() + PATIENCE
     while not done():
-        time.sleep(pause)
-        pause = min(1.5 * pause, 1e-3)
+        if time.monotonic() < end:
+            os.sched_yield()
+        else:
+            time.sleep(pause)
+            pause = min(1.5 * pause, 1e-3)
