@@ -71,9 +71,12 @@ class ContextAttention(Segment):
         self.rotary = kernels.Rotary(heads.queries, heads.keys)
         self.share = Heads(heads.queries // self.inside, max(1, heads.keys // self.inside), heads.width)
         self.kernel = kernels.BlockAttention(self.share.queries, self.share.keys, 1.0 / math.sqrt(heads.width))
-        self.columns, self.share_width = _columns(heads, self.inside)
-        self.width = (heads.queries + 2 * heads.keys) * heads.width
-        self.query_width = self.share.queries * heads.width
+        self.query_width, key_width = self.share.queries * heads.width, self.share.keys * heads.width
+        self.share_width = self.query_width + 2 * key_width
+        self.columns, self.copies = _shares(heads, self.inside), max(1, self.inside // heads.keys)
+        self.shared = ((0, self.query_width), (self.query_width, self.query_width + key_width))
+        self.shared += ((self.query_width + key_width, self.share_width),)
+        self.outputs = tuple((i * self.query_width, (i + 1) * self.query_width) for i in range(self.inside))
 
         own = ring_positions(layout, ring_place, seq_len)
         self.own = Tensor(_rows(own, sequences, seq_len))
@@ -131,32 +134,55 @@ class ContextAttention(Segment):
         """[own tokens, all columns] to [tokens of the place, the columns of a share of the heads]."""
         if self.inside == 1:
             return x
-        x = ops.gather(x, self.columns, 1).reshape((self.sequences, -1, self.inside, self.share_width))
-        x = self.exchange.forward(x.transpose((2, 0, 1, 3)))
-        return x.transpose((1, 0, 2, 3)).reshape((-1, self.share_width))
+        shares = ()
+        for i in range(self.inside):
+            shares = shares + (ops.concat(_columns(x, self.columns[i]), 1),)
+        return self.join(self.exchange.forward(ops.concat(shares, 0)))
 
     def from_heads(self, dx):
         """The transpose of `to_heads`: columns that several ranks were given add up."""
         if self.inside == 1:
             return dx
-        dx = dx.reshape((self.sequences, self.inside, -1, self.share_width)).transpose((1, 0, 2, 3))
-        dx = self.exchange.backward(dx).transpose((1, 2, 0, 3)).reshape((-1, self.columns.shape[0]))
-        return ops.unsorted_segment_sum(dx.transpose((1, 0)), self.columns, self.width).transpose((1, 0))
+        shares = ops.unstack(self.exchange.backward(self.part(dx)).reshape((self.inside, -1, self.share_width)), 0)
+        queries, keys, values = (), (), ()
+        for i in range(self.inside):
+            q, k, v = _columns(shares[i], self.shared)
+            queries = queries + (q,)
+            if i % self.copies == 0:
+                keys, values = keys + (k,), values + (v,)
+            else:
+                keys, values = keys[:-1] + (keys[-1] + k,), values[:-1] + (values[-1] + v,)
+        return ops.concat(queries + keys + values, 1)
 
     def to_tokens(self, o):
         """[tokens of the place, a share of the heads] to [own tokens, all heads]."""
         if self.inside == 1:
             return o
-        o = o.reshape((self.sequences, self.inside, -1, self.query_width)).transpose((1, 0, 2, 3))
-        o = self.exchange.forward(o).transpose((1, 2, 0, 3))
-        return o.reshape((-1, self.inside * self.query_width))
+        o = self.exchange.forward(self.part(o)).reshape((self.inside, -1, self.query_width))
+        return ops.concat(ops.unstack(o, 0), 1)
 
     def from_tokens(self, do):
         """The transpose of `to_tokens`."""
         if self.inside == 1:
             return do
-        do = do.reshape((self.sequences, -1, self.inside, self.query_width)).transpose((2, 0, 1, 3))
-        return self.exchange.backward(do).transpose((1, 0, 2, 3)).reshape((-1, self.query_width))
+        return self.join(self.exchange.backward(ops.concat(_columns(do, self.outputs), 0)))
+
+    def join(self, x):
+        """[inside x own tokens, columns] to [tokens of the place, columns]: what every rank has of a sequence together.
+
+        Unstacked and stacked again: on CPU a transposition takes one and a half times as long.
+        """
+        if self.sequences == 1:
+            return x
+        parts = ops.unstack(x.reshape((self.inside, self.sequences, -1, x.shape[1])), 0)
+        return ops.stack(parts, 1).reshape(x.shape)
+
+    def part(self, x):
+        """The inverse of `join`."""
+        if self.sequences == 1:
+            return x
+        parts = ops.unstack(x.reshape((self.sequences, self.inside, -1, x.shape[1])), 1)
+        return ops.stack(parts, 0).reshape(x.shape)
 
 
 def contextual(segment: Segment, attention: Callable[[Heads], ContextAttention]) -> Segment:
@@ -166,20 +192,27 @@ def contextual(segment: Segment, attention: Callable[[Heads], ContextAttention])
     return attention(segment.heads) if isinstance(segment, SelfAttention) else segment
 
 
-def _columns(heads: Heads, ranks: int) -> tuple[Tensor, int]:
-    """Columns of packed qkv in the order of the ranks that they go to, int32, and how many each of them gets.
+def _shares(heads: Heads, ranks: int) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """Of each rank the columns of packed qkv that go to it: begin and end of its queries, its keys and its values.
 
     With fewer heads of keys than ranks, several ranks are given the same.
     """
     queries, keys = heads.queries // ranks, max(1, heads.keys // ranks)
-    order = []
+    shares = []
     for rank in range(ranks):
         key = rank * keys if heads.keys >= ranks else rank * heads.keys // ranks
-        chosen = [*range(rank * queries, (rank + 1) * queries)]
-        chosen += [heads.queries + key + i for i in range(keys)]
-        chosen += [heads.queries + heads.keys + key + i for i in range(keys)]
-        order.append(np.concatenate([np.arange(h * heads.width, (h + 1) * heads.width) for h in chosen]))
-    return Tensor(np.concatenate(order).astype(np.int32)), len(order[0])
+        firsts = (rank * queries, heads.queries + key, heads.queries + heads.keys + key)
+        counts = (queries, keys, keys)
+        shares.append(tuple((f * heads.width, (f + n) * heads.width) for f, n in zip(firsts, counts, strict=True)))
+    return tuple(shares)
+
+
+def _columns(x, ranges):
+    """Columns of a matrix, for each of `ranges` a tensor."""
+    parts = ()
+    for begin, end in ranges:
+        parts = parts + (x[:, begin:end],)
+    return parts
 
 
 def _rows(values: np.ndarray, sequences: int, length: int) -> np.ndarray:

@@ -136,6 +136,14 @@ def concat(tensors: tuple, axis: int = 0) -> Shape:
     return Shape.of((*shapes[0][:axis], total, *shapes[0][axis:]), tensors[0].dtype)
 
 
+def unstack(x: Shape, axis: int) -> tuple:
+    return (Shape.of((*x.shape[:axis], *x.shape[axis + 1 :]), x.dtype),) * x.shape[axis]
+
+
+def stack(tensors: tuple, axis: int) -> Shape:
+    return concat(tuple(x.reshape((*x.shape[:axis], 1, *x.shape[axis:])) for x in tensors), axis)
+
+
 def matmul(a: Shape, b: Shape, transpose_a: bool = False, transpose_b: bool = False) -> Shape:
     *batch, m, k = (*a.shape[:-2], a.shape[-1], a.shape[-2]) if transpose_a else a.shape
     *same, inner, n = (*b.shape[:-2], b.shape[-1], b.shape[-2]) if transpose_b else b.shape
@@ -185,7 +193,7 @@ OPS = SimpleNamespace(
     HyperMap=lambda: lambda function, *items: tuple(map(function, *items)),
     depend=lambda value, *after: value,
     cast=Shape.astype, Cast=lambda: Shape.astype,
-    concat=concat, Concat=lambda axis=0: partial(concat, axis=axis),
+    concat=concat, Concat=lambda axis=0: partial(concat, axis=axis), stack=stack, unstack=unstack,
     assign=assign, assign_add=assign_add, AssignAdd=lambda: assign_add,
     MatMul=lambda **transposes: partial(matmul, **transposes),
     BatchMatMul=lambda **transposes: partial(matmul, **transposes),
