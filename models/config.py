@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from models.checks import check, check_above, check_at_least, check_choice
@@ -182,6 +183,7 @@ class ModelConfig:
         return 6 * matmul + attention
 
 
-def nearest_divisor(number: int, wish: int) -> int:
-    """The divisor of `number` closest to `wish`."""
-    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: (abs(d - wish), d))
+def nearest_divisor(number: int, wish: int, legal: Callable[[int], bool] = lambda divisor: True) -> int:
+    """The divisor of `number` closest to `wish` among those that are `legal`, as 1 must be."""
+    divisors = (d for d in range(1, number + 1) if number % d == 0 and legal(d))
+    return min(divisors, key=lambda d: (abs(d - wish), d))

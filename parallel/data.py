@@ -72,7 +72,7 @@ class DataParallel(nn.Cell):
         self.all = tuple(range(len(self.weights)))
         self.first = collectives.mesh.index("loss", collectives.rank) == 0
         self.over_tp = collectives.AllReduce("tp")
-        self.limit = int(collectives.mesh.layout.bucket_mib * 2**20) // np.dtype(dtype).itemsize
+        self.limit = collectives.mesh.layout.bucket_elements(np.dtype(dtype).itemsize)
         self.over_tokens = Bucketed(collectives.AllReduce("loss"), self.limit)
         self.over_stages = collectives.AllReduce("pp")
         self.over_model = collectives.AllReduce(("pp", "tp"))

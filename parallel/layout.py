@@ -76,6 +76,12 @@ class Layout:
         if isinstance(self.recompute, str):
             check_choice("layout.recompute", self.recompute, ("none", "selective", "full"))
         else:
+            check(
+                isinstance(self.recompute, Sequence),
+                "layout.recompute",
+                f"must be none, selective, full or a list of layers, but is {self.recompute}",
+                "set layout.recompute=selective, or [0,1] for the first two layers",
+            )
             object.__setattr__(self, "recompute", tuple(self.recompute))
         check_choice("layout.cp_method", self.cp_method, ("ring", "ulysses", "hybrid"))
         if self.schedule in schedules.V_SHAPED and self.vpp == 1:
@@ -160,19 +166,16 @@ class Layout:
     def check_model(self, config: ModelConfig, seq_len: int) -> None:
         """Raise `ConfigError` unless every axis divides what it cuts of a model and of sequences of `seq_len`."""
         tp, common = f"layout.tp {self.tp}", math.gcd(config.heads, config.ffn, config.vocab)
+        tokens = self.micro_batch * seq_len // self.cp  # before they are cut
+
+        def legal(size: int) -> bool:
+            return _cuts_keys(size, config.kv_heads) and not (self.sequence_parallel and tokens % size)
+
+        remedy = f"set layout.tp={nearest_divisor(common, self.tp, legal)} (the nearest)"
         for name, size in (("heads", config.heads), ("ffn", config.ffn), ("vocab", config.vocab)):
-            check(
-                size % self.tp == 0,
-                tp,
-                f"must divide model.{name} {size}",
-                f"set layout.tp={nearest_divisor(common, self.tp)} (the nearest)",
-            )
-        check(
-            self.tp % config.kv_heads == 0 or config.kv_heads % self.tp == 0,
-            tp,
-            f"must divide model.kv_heads {config.kv_heads} or be a multiple of it",
-            f"set layout.tp={nearest_divisor(config.kv_heads, self.tp)} (the nearest that divides it)",
-        )
+            check(size % self.tp == 0, tp, f"must divide model.{name} {size}", remedy)
+        rule = f"must divide model.kv_heads {config.kv_heads} or be a multiple of it"
+        check(_cuts_keys(self.tp, config.kv_heads), tp, rule, remedy)
         if not isinstance(self.recompute, str):
             for layer in self.recompute:
                 check(
@@ -186,22 +189,15 @@ class Layout:
         if self.pp > 1:
             self._check_stages(config.layers)
         if self.tp > 1 and self.sequence_parallel:
-            tokens = self.micro_batch * seq_len // self.cp  # before they are cut
-            check(
-                tokens % self.tp == 0,
-                tp,
-                f"must divide the {tokens} tokens of a micro-batch with layout.sequence_parallel",
-                f"set layout.tp={nearest_divisor(tokens, self.tp)} (the nearest), or layout.sequence_parallel=false",
-            )
+            rule = f"must divide the {tokens} tokens of a micro-batch with layout.sequence_parallel"
+            check(tokens % self.tp == 0, tp, rule, f"{remedy}, or layout.sequence_parallel=false")
 
     def _check_context(self, config: ModelConfig, seq_len: int) -> None:
-        inside = self.ulysses
-        check(
-            self.cp % inside == 0,
-            f"layout.cp_ulysses {inside}",
-            f"must divide layout.cp {self.cp}",
-            f"set layout.cp_ulysses={nearest_divisor(self.cp, inside)} (the nearest)",
-        )
+        inside, heads, keys = self.ulysses, config.heads // self.tp, max(1, config.kv_heads // self.tp)
+        name, whole = ("layout.cp_ulysses", self.cp) if self.cp_method == "hybrid" else ("layout.cp", seq_len)
+        best = nearest_divisor(math.gcd(heads, whole), inside, lambda size: _cuts_keys(size, keys))
+        remedy = f"set {name}={best} (the nearest)"
+        check(self.cp % inside == 0, f"layout.cp_ulysses {inside}", f"must divide layout.cp {self.cp}", remedy)
         places = self.cp // inside
         unit = inside * (2 * places if places > 1 else 1)
         below = seq_len // unit * unit
@@ -211,20 +207,11 @@ class Layout:
             f"must be a multiple of {unit} for layout.cp {self.cp} with {self.cp_method}",
             f"set data.seq_len={f'{below} or {below + unit}' if below else unit} (the nearest)",
         )
-        heads, keys = config.heads // self.tp, max(1, config.kv_heads // self.tp)
-        name = "layout.cp_ulysses" if self.cp_method == "hybrid" else "layout.cp"
-        check(
-            heads % inside == 0,
-            f"{name} {inside}",
-            f"must divide the {heads} heads of a rank of tp, which {self.cp_method} exchanges",
-            f"set {name}={nearest_divisor(heads, inside)} (the nearest), or layout.cp_method=ring",
-        )
-        check(
-            inside % keys == 0 or keys % inside == 0,
-            f"{name} {inside}",
-            f"must divide the {keys} heads of keys of a rank of tp or be a multiple of them",
-            f"set {name}={nearest_divisor(keys, inside)} (the nearest that divides it), or layout.cp_method=ring",
-        )
+        remedy += ", or layout.cp_method=ring"
+        rule = f"must divide the {heads} heads of a rank of tp, which {self.cp_method} exchanges"
+        check(heads % inside == 0, f"{name} {inside}", rule, remedy)
+        rule = f"must divide the {keys} heads of keys of a rank of tp or be a multiple of them"
+        check(_cuts_keys(inside, keys), f"{name} {inside}", rule, remedy)
 
     def _check_stages(self, layers: int) -> None:
         count = self.pp * self.vpp
@@ -273,14 +260,42 @@ class Layout:
         """
         unit = self.dp * self.micro_batch
         count, rest = divmod(global_batch, unit)
-        below, above = count * unit, (count + 1) * unit
         check(
             count > 0 and rest == 0,
             f"train.global_batch {global_batch}",
             f"must be a multiple of layout.dp {self.dp} x layout.micro_batch {self.micro_batch}",
-            f"set train.global_batch={f'{below} or {above}' if below else above} (the nearest)",
+            f"set {self._fitting_batch(global_batch)}",
         )
         return count
+
+    def _fitting_batch(self, global_batch: int) -> str:
+        """What makes `global_batch` a multiple of dp x micro_batch: a key of the layout where one is enough, or it."""
+        unit = self.dp * self.micro_batch
+        below = global_batch // unit * unit
+        batch = f"train.global_batch={f'{below} or {below + unit}' if below > 0 else unit} (the nearest)"
+        if global_batch < 1:
+            return batch
+        if global_batch % self.dp == 0:
+            return f"layout.micro_batch={nearest_divisor(global_batch // self.dp, self.micro_batch)}, or {batch}"
+        if global_batch % self.micro_batch == 0:
+            return f"layout.dp={nearest_divisor(global_batch // self.micro_batch, self.dp)}, or {batch}"
+        return f"layout.dp={nearest_divisor(global_batch, self.dp)} layout.micro_batch=1, or {batch}"
+
+    def whole_micro_batch(self, global_batch: int) -> int:
+        """The largest micro-batch that gives every stage of pp one to work on, in as many as the schedule asks for."""
+        share = global_batch // self.dp
+        least, unit = {"dualpipe_v": (2, 1), "interleaved": (1, self.pp)}.get(self.schedule, (1, 1))
+        counts = (n for n in range(least * self.pp, share + 1) if share % n == 0 and n % unit == 0)
+        return share // next(counts, share) if share else 1
+
+    def bucket_elements(self, item_bytes: int) -> int:
+        """Elements of a message of gradients, at least 1; 0: one message for all. See `buckets`."""
+        return max(1, int(self.bucket_mib * 2**20) // item_bytes) if self.bucket_mib else 0
+
+
+def _cuts_keys(ranks: int, keys: int) -> bool:
+    """Whether heads of keys go to ranks evenly: several to a rank, or one to several."""
+    return ranks % keys == 0 or keys % ranks == 0
 
 
 def buckets(sizes: Sequence[int], limit: int) -> tuple[tuple[int, int], ...]:

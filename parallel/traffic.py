@@ -163,7 +163,7 @@ class _Step:
         self.micro_batches, self.layers = self.share.micro_batches, len(self.share.layers)
         self.tokens = self.layout.micro_batch * seq_len // self.layout.cp
         self.stream = self.layout.stream_tokens(seq_len) * config.hidden
-        self.limit = int(self.layout.bucket_mib * 2**20) // DTYPE_BYTES[dtype]
+        self.limit = self.layout.bucket_elements(DTYPE_BYTES[dtype])
         self.tensor()
         self.context()
         self.pipeline()

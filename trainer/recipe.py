@@ -66,16 +66,17 @@ class Recipe:
         """The layout with what was left out: dp from `launcher.ranks`, the micro-batch from the batch and pp."""
         keys, ranks = dataclasses.asdict(self.layout), self.launcher.ranks
         if ranks and not keys["dp"]:
-            replica = Layout(**keys | {"dp": 1, "micro_batch": 1}).world_size
+            replica = Layout(**keys | {"dp": 1, "micro_batch": 1, "zero_group": None}).world_size
             check(
                 ranks % replica == 0,
                 f"launcher.ranks {ranks}",
                 f"must be a multiple of the {replica} ranks of one replica",
-                f"set launcher.ranks={max(1, ranks // replica) * replica} (the nearest below), or change the layout",
+                f"set launcher.ranks={max(1, ranks // replica) * replica} (the nearest), or change the layout",
             )
             keys["dp"] = ranks // replica
         keys["dp"] = keys["dp"] or 1
-        keys["micro_batch"] = keys["micro_batch"] or max(1, self.train.global_batch // (keys["dp"] * keys["pp"]))
+        if keys["micro_batch"] is None:
+            keys["micro_batch"] = Layout(**keys | {"micro_batch": 1}).whole_micro_batch(self.train.global_batch)
         layout = Layout(**keys)
         if ranks:
             layout.check_world(ranks)

@@ -156,8 +156,8 @@ class LayoutSettings:
     order: list[str] = field(default_factory=lambda: list(ORDER))
     """Nesting of the axes over consecutive ranks, innermost first."""
     micro_batch: int | None = 1
-    """Sequences that one rank computes at once; gradients add up over micro-batches. `null`: the share of a rank of
-    dp, in as many micro-batches as there are stages of pp."""
+    """Sequences that one rank computes at once; gradients add up over micro-batches. `null`: the
+    largest that leaves pp as many micro-batches as it has ranks, or its schedule asks for."""
 
     def __post_init__(self) -> None:
         for name in ("dp", "micro_batch"):  # None means something here; Layout checks the others

@@ -78,10 +78,9 @@ def _share_cores(world: MPI.Comm) -> None:
     """
     mine = (platform.node(), sorted(os.sched_getaffinity(0)))
     sharing = [rank for rank, other in enumerate(world.allgather(mine)) if other == mine]
-    place, cores = sharing.index(world.rank), mine[1]
-    size = max(1, len(cores) // len(sharing))
-    begin = place * size % len(cores)
-    os.sched_setaffinity(0, cores[begin : begin + size])
+    place, cores, ranks = sharing.index(world.rank), mine[1], len(sharing)
+    share = cores[place * len(cores) // ranks : (place + 1) * len(cores) // ranks]
+    os.sched_setaffinity(0, share if ranks <= len(cores) else [cores[place % len(cores)]])
 
 
 def _meet(communicator: MPI.Comm) -> None:

@@ -66,10 +66,13 @@ def _check_micro_batches(name: str, pp: int, count: int) -> None:
     if name == "interleaved":
         below = count // pp * pp
         nearest = f"{below} or {below + pp}" if below else str(pp)
-        remedy = f"make them {nearest} (the nearest) or set layout.pp={nearest_divisor(count, pp)}"
+        remedy = (
+            f"set layout.pp={nearest_divisor(count, pp)} (the nearest), or a layout.micro_batch for {nearest} of them"
+        )
         check(count % pp == 0, field, f"must be a multiple of layout.pp {pp} for layout.schedule=interleaved", remedy)
     elif name == "dualpipe_v":
-        remedy = f"make them {2 * pp} (the nearest) or set layout.pp={max(1, count // 2)}, or layout.schedule=zb_v"
+        remedy = f"set layout.pp={max(1, count // 2)} (the nearest), or a smaller layout.micro_batch, or "
+        remedy += "layout.schedule=zb_v"
         rule = f"must be at least 2 x layout.pp {pp} = {2 * pp} for layout.schedule=dualpipe_v"
         check(count >= 2 * pp, field, rule, remedy)
 

@@ -63,7 +63,8 @@ def difference(first: Any, other: Any) -> dict[str, float]:
     found = {key: worst([r[key] for r in first.rows], [r[key] for r in other.rows]) for key in ("loss", "grad_norm")}
     found["eval_loss"] = worst(*([row["eval_loss"] for row in run.evaluations] for run in (first, other)))
     weights = other.weights()
-    found["weights"] = max(np.max(np.abs(v - weights[n])) / np.max(np.abs(v)) for n, v in first.weights().items())
+    parts = [np.max(np.abs(v - weights[n])) / np.max(np.abs(v)) for n, v in first.weights().items()]
+    found["weights"] = np.max(parts)  # unlike Python's max, NaN where one is
     return {key: float(value) for key, value in found.items()}
 
 
@@ -83,4 +84,4 @@ def predicted(run: Any) -> list[dict[str, Any]]:
 def worst(first: list[float], other: list[float]) -> float:
     """The largest relative difference of two sequences of one length."""
     assert len(first) == len(other)
-    return max(abs(a - b) / abs(a) for a, b in zip(first, other, strict=True))
+    return np.max([abs(a - b) / abs(a) for a, b in zip(first, other, strict=True)])

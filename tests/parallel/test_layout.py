@@ -53,9 +53,9 @@ def test_a_batch_that_does_not_divide_is_an_error_that_names_the_nearest_legal_o
     error = error_of(lambda: Layout(dp=3).check_batch(8))
     assert error == (
         "train.global_batch 8 must be a multiple of layout.dp 3 x layout.micro_batch 1; "
-        "set train.global_batch=6 or 9 (the nearest)"
+        "set layout.dp=2, or train.global_batch=6 or 9 (the nearest)"
     )
-    assert "; set train.global_batch=8 (the nearest)" in error_of(lambda: Layout(dp=4, micro_batch=2).check_batch(3))
+    assert "; set layout.dp=3 layout.micro_batch=1, or" in error_of(lambda: Layout(dp=4, micro_batch=2).check_batch(3))
     assert "; set train.global_batch=4 (the nearest)" in error_of(lambda: Layout(dp=4).check_batch(0))
 
 

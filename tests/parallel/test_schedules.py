@@ -228,10 +228,11 @@ def test_what_is_kept_between_the_halves_has_a_weight_of_its_own():
         (("dualpipe_v", 2, 4, 4), "layout.vpp must be 2 for layout.schedule=dualpipe_v, but is 4; set layout.vpp=2"),
         (
             ("interleaved", 4, 2, 6),
-            "a multiple of layout.pp 4 for layout.schedule=interleaved; make them 4 or 8",
+            "a multiple of layout.pp 4 for layout.schedule=interleaved; set layout.pp=3 (the nearest), or a "
+            "layout.micro_batch for 4 or 8 of them",
         ),
-        (("interleaved", 4, 2, 3), "make them 4 (the nearest) or set layout.pp=3"),
-        (("dualpipe_v", 4, 2, 7), "must be at least 2 x layout.pp 4 = 8 for layout.schedule=dualpipe_v; make them 8"),
+        (("interleaved", 4, 2, 3), "set layout.pp=3 (the nearest), or a layout.micro_batch for 4 of them"),
+        (("dualpipe_v", 4, 2, 7), "must be at least 2 x layout.pp 4 = 8 for layout.schedule=dualpipe_v; set"),
         (("1f1b", 2, 1, 0), "train.global_batch / (layout.dp x layout.micro_batch) must be at least 1, but is 0"),
     ],
 )
@@ -241,7 +242,7 @@ def test_numbers_that_a_schedule_forbids_are_errors_with_key_rule_and_remedy(arg
     assert expected in str(caught.value) and "\n" not in str(caught.value)
     for pp in re.findall(r"layout\.pp=(\d+)", str(caught.value)):
         make(arguments[0], int(pp), *arguments[2:])
-    for micro_batches in re.findall(r"make them (\d+)(?: or (\d+))?", str(caught.value)):
+    for micro_batches in re.findall(r"layout.micro_batch for (\d+)(?: or (\d+))? of them", str(caught.value)):
         for count in filter(None, micro_batches):
             make(*arguments[:3], int(count))
 

@@ -43,7 +43,7 @@ WRONG = {
     "model.heads=5": ("model.kv_heads must divide model.heads 5", "nearest"),
     "train.global_batch=5": (
         "train.global_batch 5 must be a multiple of layout.dp 1 x layout.micro_batch 2",
-        "set train.global_batch=4 or 6",
+        "or train.global_batch=4 or 6",
     ),
     "layout.dp=3": ("train.global_batch 4 must be a multiple of layout.dp 3",),
     "data.seq_len=65": ("data.seq_len must not exceed model.max_length 64, but is 65", "shorten data.seq_len"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import pytest
 
 from trainer import cli
+from trainer.compose import compose_recipe
 
 ILLEGAL = {
     "tp=0": ("layout.tp must be at least 1, but is 0", "set layout.tp=1 or more"),
@@ -19,7 +21,10 @@ ILLEGAL = {
     "pp=2 vpp=2": ("layout.vpp must be 1 for layout.schedule=1f1b", "set layout.vpp=1, or layout.schedule=interleaved"),
     "pp=2 schedule=interleaved": ("layout.vpp must be at least 2", "set layout.vpp=2 (the nearest)"),
     "pp=2 schedule=zb_v vpp=3": ("layout.vpp must be 2 for layout.schedule=zb_v", "set layout.vpp=2"),
-    "pp=6 vpp=2 schedule=interleaved": ("8 micro-batches must be a multiple of layout.pp 6", "set layout.pp=4"),
+    "pp=6 vpp=2 schedule=interleaved": (
+        "8 micro-batches must be a multiple of layout.pp 6",
+        "set layout.pp=4 (the nearest), or",
+    ),
     "pp=4 vpp=2 schedule=interleaved dp=4": ("2 micro-batches must be a multiple of layout.pp 4", "set layout.pp=2"),
     "pp=4 schedule=dualpipe_v dp=2": ("4 micro-batches must be at least 2 x layout.pp 4 = 8", "set layout.pp=2"),
     "pp=2 schedule=dualpip": ("layout.schedule must be one of", "did you mean 'dualpipe_v'?"),
@@ -36,26 +41,64 @@ ILLEGAL = {
     "zero=4": ("layout.zero must be 0 to 3, but is 4", "3 keeps the least"),
     "zero=-1": ("layout.zero must be 0 to 3, but is -1", "3 keeps the least"),
     "dp=4 zero=2 zero_group=3": ("layout.zero_group 3 must divide dp 4 x cp 1 = 4", "set layout.zero_group=2"),
-    "dp=3": ("train.global_batch 8 must be a multiple of layout.dp 3", "set train.global_batch=6 or 9"),
-    "dp=16": ("train.global_batch 8 must be a multiple of layout.dp 16", "set train.global_batch=16"),
-    "micro_batch=3": ("must be a multiple of layout.dp 1 x layout.micro_batch 3", "set train.global_batch=6 or 9"),
+    "dp=3": ("train.global_batch 8 must be a multiple of layout.dp 3", "set layout.dp=2, or train.global_batch=6 or 9"),
+    "dp=16": ("train.global_batch 8 must be a multiple of layout.dp 16", "set layout.dp=8, or train.global_batch=16"),
+    "micro_batch=3": (
+        "a multiple of layout.dp 1 x layout.micro_batch 3",
+        "set layout.micro_batch=2, or train.global_batch=6",
+    ),
     "micro_batch=0": ("layout.micro_batch must be at least 1, but is 0", "set layout.micro_batch=1 or more"),
     "order=[tp,dp,pp]": ("layout.order must name each of tp, cp, dp, pp once", "set layout.order=[tp,cp,dp,pp]"),
     "order=[tp,tp,dp,pp]": ("layout.order must name each of tp, cp, dp, pp once", "set layout.order=[tp,cp,dp,pp]"),
     "recompute=some": ("layout.recompute must be one of none, selective, full", "did you mean"),
+    "recompute=1": ("must be none, selective, full or a list of layers, but is 1", "set layout.recompute=selective"),
+    "tp=5 model.heads=12 model.kv_heads=6 model.head_dim=16 model.ffn=480 model.vocab=4200": (
+        "layout.tp 5 must divide model.heads 12",
+        "set layout.tp=6 (the nearest)",
+    ),
+    "tp=4 model.heads=12 model.kv_heads=6 model.head_dim=16": (
+        "layout.tp 4 must divide model.kv_heads 6 or be a multiple of it",
+        "set layout.tp=2 (the nearest)",
+    ),
+    "cp=4 cp_method=hybrid cp_ulysses=4 model.heads=6 model.kv_heads=6 model.head_dim=16": (
+        "layout.cp_ulysses 4 must divide the 6 heads",
+        "set layout.cp_ulysses=2 (the nearest)",
+    ),
+    "cp=4 cp_method=ulysses model.heads=12 model.kv_heads=6 model.head_dim=16": (
+        "layout.cp 4 must divide the 6 heads of keys of a rank of tp or be",
+        "set layout.cp=2 (the nearest)",
+    ),
+    "tp=8 sequence_parallel=true data.seq_len=100": ("must divide the 100 tokens", "set layout.tp=4 (the nearest)"),
+    "dp=3 micro_batch=3": ("a multiple of layout.dp 3 x layout.micro_batch 3", "set layout.dp=2 layout.micro_batch=1"),
     "recompute=[8]": ("layout.recompute [8] must list layers from 0 to 7", "or set layout.recompute=selective"),
 }
-"""Keys of the layout of `tiny_dense` -> what must be said."""
+"""Keys of the layout of `tiny_dense`, and others with their section -> what must be said."""
+REMEDY = re.compile(r"; set ((?:layout|train|data)\.\w+=[^,;( [\]]+(?: layout\.micro_batch=1)?)")
+
+
+def test_ranks_and_a_shard_group_make_a_legal_layout_together():
+    keys = ["layout.tp=1", "layout.pp=1", "launcher.ranks=4", "layout.zero=3", "layout.zero_group=2"]
+    assert compose_recipe("tiny_dense", keys).recipe.parallel_layout.dp == 4
+
+
+def test_without_a_micro_batch_every_schedule_has_enough():
+    for schedule, vpp, count in (("1f1b", 1, 5), ("interleaved", 2, 5), ("dualpipe_v", 2, 10), ("zb_v", 2, 5)):
+        keys = ["layout.pp=5", "train.global_batch=10", f"layout.schedule={schedule}", f"layout.vpp={vpp}"]
+        layout = compose_recipe("tiny_dense", [*keys, "layout.tp=1"]).recipe.parallel_layout
+        assert layout.check_batch(10) == count, schedule
 
 
 @pytest.mark.parametrize("layout", ILLEGAL)
 def test_an_illegal_layout_is_one_line_with_its_rule_and_what_would_do(layout, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "mindspore", None)
-    keys = ["layout.tp=1", "layout.pp=1", "layout.micro_batch=1", *(f"layout.{key}" for key in layout.split())]
+    keys = ["layout.tp=1", "layout.pp=1", "layout.micro_batch=1"]
+    keys += [key if "." in key.split("=")[0] else f"layout.{key}" for key in layout.split()]
     assert cli.main(["train", "tiny_dense", *keys]) == 2
     printed = capsys.readouterr()
     (line,) = printed.err.splitlines()
     for text in ILLEGAL[layout]:
         assert text in line
     assert printed.out == "" and list(tmp_path.iterdir()) == []
+    if remedy := REMEDY.search(line):
+        compose_recipe("tiny_dense", [*keys, *remedy[1].split()])
