@@ -21,7 +21,7 @@ from models.segments import Segment
 from parallel.collectives import Collectives
 from parallel.collectives.channel import Arrival
 from parallel.data import DataParallel
-from parallel.schedules import BACKWARD, FORWARD, INPUT, Action, Schedule, messages, requests
+from parallel.schedules import BACKWARD, FORWARD, INPUT, Action, Schedule, check_schedule, messages, requests
 from parallel.trace import COMPUTE
 
 DIRECTIONS = ("activation", "gradient")
@@ -142,6 +142,7 @@ class Engine:
     def __init__(
         self, schedule: Schedule, stages: dict[int, Stage], collectives: Collectives, shape: tuple[int, ...], dtype: Any
     ) -> None:
+        check_schedule(schedule)
         self.schedule, self.stages = schedule, stages
         self.shape, self.dtype = shape, dtype
         self.rank = collectives.mesh.index("pp", collectives.rank)

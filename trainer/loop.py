@@ -138,6 +138,8 @@ class Loop:
 
     def _evaluate(self) -> None:
         loss = self.train_step.evaluate(self.holdout)
+        if loss is None:
+            raise InputError("no held-out token has a label; see to data.sources, or set train.eval_every=0")
         if not math.isfinite(loss):
             self._end_not_finite(self.step, eval_loss=loss)
         self.meter.eval_loss = loss

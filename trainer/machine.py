@@ -36,11 +36,16 @@ def device() -> str:
 
 
 def available_memory_gib() -> float:
-    """Memory that is free for use, bounded by the control group's limit where there is one."""
-    available = psutil.virtual_memory().available
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    """Memory that is free for use, bounded by the control group's limit where there is one.
+
+    Pages of files that the group has read count as used there, but are given back when memory is short.
+    """
+    available, group = psutil.virtual_memory().available, Path("/sys/fs/cgroup")
+    limit = group / "memory.max"
     if limit.exists() and limit.read_text().strip() != "max":
-        available = min(available, int(limit.read_text()) - int(used.read_text()))
+        used, parts = int((group / "memory.current").read_text()), (group / "memory.stat").read_text().split()
+        files = int(dict(zip(parts[::2], parts[1::2], strict=True))["inactive_file"])
+        available = min(available, int(limit.read_text()) - used + files)
     return available / GIB
 
 

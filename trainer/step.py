@@ -289,8 +289,8 @@ class TrainStep:
         with self.span("accumulate", micro_batch=micro_batch):
             return self.accumulate(*tensors).asnumpy()
 
-    def evaluate(self, batches: Sequence[Batch]) -> float:
-        """Mean loss over all valid tokens of `batches`, on all ranks; NaN where there are none."""
+    def evaluate(self, batches: Sequence[Batch]) -> float | None:
+        """Mean loss over all valid tokens of `batches`, on all ranks; None where there are none."""
         sums = np.zeros(2, self.dtype)
         for batch in batches:
             inputs = self._inputs(batch)
@@ -299,7 +299,7 @@ class TrainStep:
             else:
                 sums += np.sum([self.evaluation(*tensors).asnumpy() for tensors in inputs], axis=0)
         loss, tokens = self.total(Tensor(sums)).asnumpy()
-        return float(loss / tokens) if tokens else math.nan
+        return float(loss / tokens) if tokens else None
 
     def _sums(self, batch: Batch, losses: Sequence[Tensor]) -> np.ndarray:
         """[loss sum, valid tokens] of the rank of the last stage, and zeros on the others."""
