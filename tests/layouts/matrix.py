@@ -14,6 +14,8 @@ MODEL = (
 )  # fmt: skip
 TIED = "model.tied_embeddings=true model.qkv_bias=true"
 NORMED = "model.qk_norm=true"
+ODD = "model.qk_norm=true model.hidden=38 model.head_dim=6"
+"""Whose norms four ranks cannot cut into equal pieces."""
 
 LAYOUTS = {
     1: {
@@ -64,6 +66,8 @@ LAYOUTS = {
         "ring x 1f1b, tied": f"cp=2 pp=2 order=[pp,cp,tp,dp] {TIED}",
         "hsdp, zero 3": f"dp=4 zero=3 zero_group=2 {NORMED}",
         "hsdp, zero 2": f"dp=4 zero=2 zero_group=2 {TIED}",
+        "zero 1, padded": f"dp=4 zero=1 bucket_mib=0.02 {ODD}",
+        "zero 3, padded": f"dp=2 cp=2 zero=3 {ODD}",
     },
     8: {
         "tp x pp x dp, sequence parallel, zero 1": f"tp=2 sequence_parallel=true pp=2 dp=2 zero=1 {NORMED}",
@@ -80,7 +84,7 @@ LAYOUTS = {
 """Keys that stand nowhere have their defaults."""
 
 CI = (
-    "tp, sequence parallel", "1f1b, tied", "zb_h1, recompute full", "ring", "zero 1",
+    "tp, sequence parallel", "1f1b, tied", "zb_h1, recompute full", "ring", "zero 1, padded",
     "zero 3, prefetch, recompute full, tied", "tp beyond the heads of keys", "tp x interleaved", "zb_v x zero 2",
     "hybrid", "ring x tp, sequence parallel, another order", "hsdp, zero 3",
 )  # fmt: skip

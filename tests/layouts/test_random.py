@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from worlds import beyond, difference, predicted, run_all
 
 from models.checks import ConfigError
 from parallel.layout import ORDER, Layout
-from parallel.schedules import NAMES
+from parallel.schedules import NAMES, V_SHAPED
 from trainer.compose import compose_recipe
 
 STEPS = 3
@@ -31,7 +32,7 @@ def draw(seed: int, number: int, recipe: str) -> Entry:
     ranks, model = rng.choice((2, 4, 4)), tuple(_model(rng))
     composed = compose_recipe(recipe, [*MODEL, *model]).recipe
     while True:
-        keys = _layout(rng, ranks)
+        keys = _layout(rng, ranks, composed.model.layers)
         try:
             layout = Layout(**keys)
             layout.check_model(composed.model, composed.data.seq_len)
@@ -59,18 +60,23 @@ def _model(rng: random.Random) -> list[str]:
     return [f"{key}={value}" for key, value in keys.items()] + [f"{key}={_word(rng.random() < 0.5)}" for key in flags]
 
 
-def _layout(rng: random.Random, ranks: int) -> dict[str, Any]:
+def _layout(rng: random.Random, ranks: int, layers: int) -> dict[str, Any]:
     axes = dict.fromkeys(ORDER, 1)
     while ranks > 1:
         axes[rng.choice(ORDER)] *= 2
         ranks //= 2
     schedule = rng.choice(NAMES)
+    vpp = 2 if schedule == "interleaved" or schedule in V_SHAPED else 1
+    ends = sorted(rng.randint(0, layers) for _ in range(axes["pp"] * vpp - 1))
+    stages = tuple(end - begin for begin, end in pairwise([0, *ends, layers]))
     return {
         **axes,
         "schedule": schedule,
-        "vpp": 2 if schedule == "interleaved" else 1,
+        "vpp": vpp,
+        "stages": rng.choice((None, None, stages)),
         "sequence_parallel": rng.random() < 0.5,
         "cp_method": rng.choice(("ring", "ulysses", "hybrid")),
+        "cp_ulysses": rng.choice((1, 2, 4)),
         "zero": rng.randint(0, 3),
         "zero_group": rng.choice((None, 2)),
         "recompute": rng.choice(("none", "selective", "full", (0,))),

@@ -1,0 +1,46 @@
+"""Checkpoints carry the optimizer's state from layout to layout, and bit for bit back into the same one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from worlds import beyond, slug, worst
+
+CUT = {
+    "tp x zero 2": ["layout.tp=2", "layout.dp=2", "layout.zero=2"],
+    "zero 1": ["layout.dp=2", "layout.zero=1"],
+    "zero 3": ["layout.dp=2", "layout.zero=3"],
+}
+COMMON = ("train.precision=fp64", "optimizer.lr=3e-4", "train.steps=4", "checkpoint.every=2", "train.eval_every=0")
+
+
+@pytest.fixture(scope="module")
+def straight(busway):
+    """Runs without a stop."""
+    return {name: busway.train(slug("straight", name), *COMMON, *keys) for name, keys in CUT.items()}
+
+
+def resumed(busway, run, name, *keys):
+    """A run of its own that goes on from the second step of `run`."""
+    return busway.train(name, *COMMON, *keys, f"checkpoint.resume={run.path}/checkpoints/{run.checkpoints[0]}")
+
+
+def test_moments_in_slices_of_tp_and_zero_go_on_as_stages_of_a_pipeline(busway, straight):
+    first = straight["tp x zero 2"]
+    other = resumed(busway, first, "as-stages", "layout.pp=2", "layout.micro_batch=1")
+    assert [row["step"] for row in other.rows] == [3, 4]
+    rows = first.rows[2:], other.rows
+    found = {key: worst(*([row[key] for row in some] for some in rows)) for key in ("loss", "grad_norm")}
+    weights = other.weights()
+    for name, value in first.weights().items():
+        found[name] = np.max(np.abs(value - weights[name])) / np.max(np.abs(value))
+    assert beyond(found) == {}
+
+
+@pytest.mark.parametrize("name", ["zero 1", "zero 3"])
+def test_a_layout_goes_on_from_its_own_checkpoint_bit_for_bit(busway, straight, name):
+    first = straight[name]
+    other = resumed(busway, first, slug("again", name), *CUT[name])
+    assert [row["loss"] for row in other.rows] == [row["loss"] for row in first.rows[2:]]
+    weights = other.weights()
+    assert all(np.array_equal(value, weights[key]) for key, value in first.weights().items())
