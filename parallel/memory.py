@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from models.config import ModelConfig
@@ -146,6 +147,19 @@ def saved_elements(config: ModelConfig, layout: Layout, seq_len: int, segment: i
         attention = query + 2 * inside * max(1, keys // inside) * config.head_width + query + heads
         attention += query * (inside > 1)
     return 4 * stream + tokens * (attention + qkv * config.qk_norm + 3 * config.ffn // tp)
+
+
+def recomputed_elements(share: Share, seq_len: int) -> int:
+    """The most that one layer's backward brings back of what recompute did not save; 0 without recompute."""
+    without = replace(share.layout, recompute="none")
+    return max(
+        (
+            saved_elements(share.config, without, seq_len, layer + 1)
+            - saved_elements(share.config, share.layout, seq_len, layer + 1)
+            for layer in share.layers
+        ),
+        default=0,
+    )
 
 
 def peak_saved_elements(share: Share, seq_len: int) -> int:

@@ -17,7 +17,7 @@ import psutil
 
 from models.config import ModelConfig
 from parallel.layout import Layout
-from parallel.memory import Share, peak_saved_elements, state_bytes
+from parallel.memory import Share, peak_saved_elements, recomputed_elements, state_bytes
 from parallel.topology import Topology
 from trainer.errors import MachineError
 
@@ -62,11 +62,12 @@ def needed_memory_gib(model: ModelConfig, layout: Layout, seq_len: int, global_b
 
 def _needed_bytes(share: Share, seq_len: int, item_bytes: int) -> int:
     """What is kept from pass to pass; a micro-batch's gradients, with the message that they travel in and its result
-    where ranks add them up; what the segments save, and the gradient of the logits beside them."""
+    where ranks add them up; what the segments save or recompute, and the gradient of the logits beside them."""
     layout, state = share.layout, state_bytes(share, item_bytes)
     gradients = (state.gathered or state.weights) * (3 if layout.dp * layout.cp > 1 else 1)
     logits = share.head * (layout.micro_batch * seq_len // layout.cp) * share.config.vocab // layout.tp
-    return sum(state) + gradients + item_bytes * (peak_saved_elements(share, seq_len) + logits)
+    passing = max(logits, recomputed_elements(share, seq_len))  # at the end and amid the layers
+    return sum(state) + gradients + item_bytes * (peak_saved_elements(share, seq_len) + passing)
 
 
 def check_memory(needed_gib_a_rank: float, ranks: int) -> None:

@@ -17,7 +17,7 @@ from models.weights import initial_reader
 from parallel.apply import parallelize
 from parallel.collectives import Collectives
 from parallel.layout import Layout
-from parallel.memory import Share, peak_saved_elements, saved_elements, state_bytes
+from parallel.memory import Share, peak_saved_elements, recomputed_elements, saved_elements, state_bytes
 from parallel.mesh import Mesh
 from trainer.step import Weights
 
@@ -122,6 +122,19 @@ def test_micro_batches_in_flight_add_up():
     shares = [Share(config, Layout(dp=1, pp=2, stages=(2, 1)), GLOBAL_BATCH, place) for place in (0, 1)]
     layer, head = (saved_elements(config, shares[0].layout, SEQ_LEN, segment) for segment in (1, 4))
     assert [peak_saved_elements(share, SEQ_LEN) for share in shares] == [2 * 2 * layer, layer + head]
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full", (1,)])
+def test_a_backward_brings_back_what_recompute_did_not_save(recompute):
+    config, plain = ModelConfig(**SHAPES), Layout(dp=1)
+    share = Share(config, Layout(dp=1, recompute=recompute), GLOBAL_BATCH)
+    for layer in range(config.layers):
+        missing = saved_elements(config, plain, SEQ_LEN, layer + 1)
+        missing -= saved_elements(config, share.layout, SEQ_LEN, layer + 1)
+        assert missing == (recomputed_elements(share, SEQ_LEN) if recompute != (1,) or layer == 1 else 0)
+    assert (recomputed_elements(share, SEQ_LEN) == 0) == (recompute == "none")
+    ends = Share(config, Layout(dp=1, pp=2, stages=(0, 3), recompute=recompute), GLOBAL_BATCH)
+    assert recomputed_elements(ends, SEQ_LEN) == 0
 
 
 def test_zero_3_has_one_segment_whole_or_two_with_prefetch():
