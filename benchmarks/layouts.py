@@ -1,14 +1,15 @@
 """What tp, pp, dp and cp over two ranks cost on this machine: `python benchmarks/layouts.py [NAME …]`, names of `RUNS`.
 
 Weak scaling of the Llama shape of `benchmarks/step.py`, fp32, one thread a rank: two ranks train 8 sequences a step,
-one rank 4. Every rank, of the peers too, is bound to a core of its own, as MindSpore takes as many threads as there are
-cores for it, whatever OMP_NUM_THREADS says. For each layout, in turn in one run:
+one rank 4. Every rank is bound to a core of its own, Busway's by itself and those of the peers by mpiexec, as MindSpore
+takes as many threads as there are cores for it, whatever OMP_NUM_THREADS says. For each layout, in turn in one run:
 
     one rank    the trainer without a layout, in micro-batches of 4 sequences; `efficiency` is its step time over the
                 layout's. For pipelines also in micro-batches of 1, as theirs are: `micro` is what that leaves
     two beside  two such runs at once that know nothing of each other: what two ranks take from each other without a
                 message (memory bandwidth, cache, clock). Its efficiency is the `ceiling` of any layout
     busway      the trainer under the layout
+    free        the same with its ranks on both cores: `bound` is what binding them is worth
     bare        a script for this model and this technique alone: the same kernels, one hand-written graph and plain MPI
                 calls (`steps/bare_layout.py`). The losses of its first steps must be Busway's, to 1e-5
 
@@ -40,6 +41,7 @@ from pathlib import Path
 from statistics import fmean, median
 
 import numpy as np
+from steps.runs import write_tokens
 from timing import Worker, ratio
 
 HERE = Path(__file__).resolve().parent
@@ -71,7 +73,8 @@ class World(Worker):
         paths = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
         threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         env = {**os.environ, **threads, "OMP_WAIT_POLICY": "passive", "PYTHONPATH": os.pathsep.join(paths)}
-        command = [mpiexec, "-bind-to", "core", "-n", str(ranks), sys.executable, "-P", str(HERE / "steps" / script)]
+        bound = () if script == "busway_layout.py" and ranks == int(words[1]) > 1 else ("-bind-to", "core")
+        command = [mpiexec, *bound, "-n", str(ranks), sys.executable, "-P", str(HERE / "steps" / script)]
         super().__init__(name, [*command, *words], env)
 
     def first_losses(self) -> list[float]:
@@ -87,14 +90,18 @@ class World(Worker):
 def alone(name: str, folder: str, ranks: int, micro_batch: int) -> World:
     """Runs of one rank each, beside each other."""
     words = (f"train.name={name}", "train.global_batch=4", f"layout.micro_batch={micro_batch}")
-    return World(name, ranks, "busway_layout.py", folder, "1", *words)
+    return World(name, ranks, "busway_layout.py", folder, "1", "bound", *words)
 
 
 def measure(name: str, folder: str, peers: list[World]) -> dict[str, float]:
     """One row of the table."""
     words, technique = RUNS[name]
-    busway = World(name, 2, "busway_layout.py", folder, "2", *words, *COMMON, f"train.name={name}")
-    worlds, losses = [*peers, busway], busway.first_losses()
+    busway, free = (
+        World(cores, 2, "busway_layout.py", folder, "2", cores, *words, *COMMON, f"train.name={name}-{cores}")
+        for cores in ("bound", "free")
+    )
+    worlds, losses = [*peers, busway, free], busway.first_losses()
+    free.first_losses()
     if "layout.micro_batch=1" in words:
         worlds.append(alone(f"{name}_micro", folder, 1, 1))
         worlds[-1].first_losses()
@@ -107,11 +114,11 @@ def measure(name: str, folder: str, peers: list[World]) -> dict[str, float]:
         for place in range(len(worlds)):  # another one begins each round, so that none always follows the same one
             worlds[(first + place) % len(worlds)].run(STEPS)
     one, beside = peers
-    row = {"ms": 1e3 * median(busway.times), "one_ms": 1e3 * median(one.times)}
+    row = {"ms": 1e3 * median(busway.times), "one_ms": 1e3 * median(one.times), "bound": ratio(busway, free)}
     row |= {"efficiency": ratio(busway, one), "ceiling": ratio(beside, one)}
     if "layout.micro_batch=1" in words:
-        row["micro"] = ratio(worlds[3], one)
-    row |= where_time_goes(Path(folder) / name / "trace.json")
+        row["micro"] = ratio(worlds[4], one)
+    row |= where_time_goes(Path(folder) / f"{name}-bound" / "trace.json")
     if technique:
         row |= {"bare_ms": 1e3 * median(worlds[-1].times), "ratio_bare": ratio(worlds[-1], busway)}
     for world in worlds[2:]:
@@ -152,7 +159,7 @@ def main() -> None:
         parser.error(f"unknown {', '.join(unknown)}; known: {', '.join(RUNS)}")
     rows = {}
     with tempfile.TemporaryDirectory() as folder:
-        write_tokens(Path(folder) / "tokens")
+        write_tokens(folder)
         peers = [alone("one", folder, 1, 4), alone("beside", folder, 2, 4)]
         for world in peers:
             world.first_losses()
@@ -172,16 +179,6 @@ def report(rows: dict[str, dict[str, float]]) -> None:
         cells = (f"{row[key]:.{1 if key.endswith('ms') else 3}f}" if key in row else "" for key in titles)
         print(f"{name:16}" + "".join(f"{cell:>13}" for cell in cells))
     print(json.dumps({name: {key: round(value, 4) for key, value in row.items()} for name, row in rows.items()}))
-
-
-def write_tokens(prefix: Path) -> None:
-    """A data set of random tokens."""
-    from trainer.data.indexed import IndexedWriter
-
-    tokens = np.random.default_rng(0).integers(0, 1024, 400_000)
-    with IndexedWriter(prefix, np.uint16) as writer:
-        for document in tokens.reshape(-1, 1000):
-            writer.add(document)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from pathlib import Path
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
-from steps.ranks import SEQ, WORLD, recipe_of, serve
+from steps.ranks import WORLD, serve
+from steps.runs import SEQ, recipe_of
 
 from models.attention import rotary_tables
 from models.kernels import EMPTY_LSE, native

@@ -1,4 +1,4 @@
-"""What the workers of `benchmarks/layouts.py` share: the recipe, and how several ranks answer one driver."""
+"""How several ranks answer one driver, `benchmarks/layouts.py`."""
 
 from __future__ import annotations
 
@@ -9,23 +9,7 @@ from collections.abc import Callable
 
 from mpi4py import MPI
 
-from trainer.compose import compose_recipe
-from trainer.recipe import Recipe
-
 WORLD = MPI.COMM_WORLD
-SHAPE = {"layers": 4, "hidden": 256, "ffn": 688, "heads": 8, "kv_heads": 8, "vocab": 1024}
-SEQ = 256
-
-
-def recipe_of(folder: str, words: list[str]) -> Recipe:
-    """The recipe of `words`, on the tokens in `folder`, into which the run goes as well."""
-    return compose_recipe(
-        "tiny_dense",
-        [*(f"model.{name}={value}" for name, value in SHAPE.items()), f"data.seq_len={SEQ}", "data.tokenizer=null",
-         f"data.sources=[{{path: {folder}/tokens}}]", f"train.out={folder}", "train.steps=1000000",
-         "train.eval_every=0", "optimizer.lr=3e-4", "lr=constant", "lr.warmup=0", "layout.dp=1", "layout.tp=1",
-         "layout.pp=1", *words],
-    ).recipe  # fmt: skip
 
 
 def serve(step: Callable[[], float]) -> None:
