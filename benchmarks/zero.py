@@ -10,14 +10,13 @@ micro-batch, two micro-batches a step) without ZeRO and with its three stages, i
   expected of it: the live tensors and the largest of what comes and goes beside them.
 
 What comes and goes: without ZeRO the reduced gradients, with stages 1 and 2 the weights that are gathered from what
-the optimizer wrote, which is as much; with stage 3 one segment's weights, its gradients and their pieces. The peer is
-ZeRO 0. Prints a table, then one line of JSON.
+the optimizer wrote, which is as much; with stage 3 the weights that are whole at once (`State.gathered`), a segment's
+gradients and their pieces. The peer is ZeRO 0. Prints a table, then one line of JSON.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import resource
 import subprocess
@@ -34,30 +33,30 @@ KINDS = ("weights", "gradients", "optimizer")
 def main() -> None:
     """Run every stage, for both models, and print."""
     rows = []
-    for zero in range(4):
-        found = {size: launch(size, zero) for size in SHAPES}
+    for zero, prefetch in ((0, False), (1, False), (2, False), (3, False), (3, True)):
+        found = {size: launch(size, zero, prefetch) for size in SHAPES}
         large, small = found["large"], found["small"]
         assert all(large[kind] == large["formula"][kind] for kind in KINDS), f"ZeRO {zero}: {large}"
         fixed = small["growth"] - sum(small[kind] for kind in KINDS)
-        rows.append({"zero": zero, **large, "growth": large["growth"] - fixed, "fixed": fixed})
+        rows.append({"zero": zero, "prefetch": prefetch, **large, "growth": large["growth"] - fixed, "fixed": fixed})
     shape = f"{LAYERS} layers of hidden {SHAPES['large']['hidden']}"
     print(f"MiB on rank 0 of {RANKS}, {shape}; the live tensors are those of the formula to the byte")
     columns = (*KINDS, "passing", "expected", "peak RSS", "ratio", "of ZeRO 0", "expected")
-    print("ZeRO" + "".join(f"{name:>12}" for name in columns))
+    print(f"{'ZeRO':12}" + "".join(f"{name:>12}" for name in columns))
     for row in rows:
         figures = [row[kind] for kind in KINDS] + [row["passing"], row["expected"], row["growth"]]
         shares = [row["growth"] / row["expected"], *(row[key] / rows[0][key] for key in ("growth", "expected"))]
         row |= dict(zip(("ratio", "of_zero_0", "of_zero_0_expected"), (round(s, 3) for s in shares), strict=True))
         cells = [f"{figure / MIB:>12,.1f}" for figure in figures] + [f"{share:>12.2f}" for share in shares]
-        print(f"{row['zero']:>4}" + "".join(cells))
+        print(f"{str(row['zero']) + row['prefetch'] * ' prefetch':12}" + "".join(cells))
     print(json.dumps(rows))
 
 
-def launch(size: str, zero: int) -> dict:
+def launch(size: str, zero: int, prefetch: bool) -> dict:
     """What rank 0 found."""
     mpiexec = [str(Path(sys.executable).with_name("mpiexec")), "-n", str(RANKS)]
     with tempfile.TemporaryDirectory() as folder:
-        command = [*mpiexec, sys.executable, "-P", __file__, folder, size, str(zero)]
+        command = [*mpiexec, sys.executable, "-P", __file__, folder, size, str(zero), str(prefetch)]
         env = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
         done = subprocess.run(command, env=env, capture_output=True, text=True)
     if done.returncode:
@@ -65,7 +64,7 @@ def launch(size: str, zero: int) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def rank(folder: Path, size: str, zero: int) -> None:
+def rank(folder: Path, size: str, zero: int, prefetch: str) -> None:
     """Train for some steps as one rank; rank 0 prints what it holds."""
     import psutil
     from rich.console import Console
@@ -83,7 +82,7 @@ def rank(folder: Path, size: str, zero: int) -> None:
         [*(f"model.{key}={value}" for key, value in shape.items()), f"layout.dp={RANKS}", "layout.tp=1", "layout.pp=1",
          "layout.micro_batch=1", "train.global_batch=4", "data.seq_len=64", "data.tokenizer=bpe:300", "data.holdout=0",
          f"data.sources=[{{path: {folder}/text.txt}}]", f"train.out={folder}", f"train.steps={STEPS}",
-         "train.eval_every=0", f"layout.zero={zero}"],
+         "train.eval_every=0", f"layout.zero={zero}", f"layout.prefetch={prefetch}"],
     ).recipe  # fmt: skip
     collectives = connect(recipe)
     place = collectives.rank
@@ -99,7 +98,7 @@ def rank(folder: Path, size: str, zero: int) -> None:
     if place == 0:
         share = Share(recipe.model, recipe.parallel_layout, recipe.train.global_batch)
         formula = state_bytes(share, 4)
-        passing = expected_passing(share, zero)
+        passing = expected_passing(share, formula)
         found = live(loop) | {"formula": formula._asdict(), "passing": passing, "growth": growth}
         print(json.dumps(found | {"expected": sum(found[kind] for kind in KINDS) + passing}))
 
@@ -115,17 +114,16 @@ def live(loop) -> dict[str, int]:
     }
 
 
-def expected_passing(share, zero: int) -> int:
+def expected_passing(share, formula) -> int:
     """Bytes of what comes and goes, at its largest."""
-    sizes = [sum(map(math.prod, share.weights([segment]).values())) for segment in share.segments]
-    if zero < 3:
-        return 4 * sum(sizes)
-    largest = sizes.index(max(sizes))
-    return 4 * (2 * sizes[largest] + sum(share.pieces([share.segments[largest]])))
+    if not formula.gathered:
+        return formula.weights
+    largest = max(share.segments, key=share.elements)
+    return formula.gathered + 4 * (share.elements(largest) + sum(share.pieces([largest])))
 
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        rank(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+        rank(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4])
     else:
         main()

@@ -66,7 +66,7 @@ def parallelize(
         attention = cache(partial(ContextAttention, kernels, collectives, layout.micro_batch, seq_len, dtype))
         segments = [contextual(segment, attention) for segment in segments]
     if layout.recompute != "none":
-        segments = recompute(segments, layout.recompute)
+        segments = recompute(segments, layout)
     stages = {0: Decoder(segments)}
     if schedule:
         spans = cut(config.layers, schedule.stages, layout.stages if layout.pp > 1 else None)

@@ -288,6 +288,12 @@ class Layout:
         counts = (n for n in range(least * self.pp, share + 1) if share % n == 0 and n % unit == 0)
         return share // next(counts, share) if share else 1
 
+    def recompute_of(self, layer: int) -> str:
+        """`none`, `selective` or `full`."""
+        if isinstance(self.recompute, str):
+            return self.recompute
+        return "full" if layer in self.recompute else "none"
+
     def bucket_elements(self, item_bytes: int) -> int:
         """Elements of a message of gradients, at least 1; 0: one message for all. See `buckets`."""
         return max(1, int(self.bucket_mib * 2**20) // item_bytes) if self.bucket_mib else 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import NamedTuple
 
 from models.config import ModelConfig
@@ -65,6 +66,17 @@ class Share:
                 shapes.setdefault("embedding.weight" if self.config.tied_embeddings else "head.weight", matrix)
         return shapes
 
+    def elements(self, segment: int) -> int:
+        """Of the weights of one segment."""
+        return sum(map(math.prod, self.weights([segment]).values()))
+
+    def kinds(self) -> list[int]:
+        """One of each kind of segments that share their graphs (`parallel.sharded.fingerprint`)."""
+        kind = {
+            segment: self.layout.recompute_of(segment - 1) for segment in self.segments if segment - 1 in self.layers
+        }
+        return list({kind.get(segment, segment): segment for segment in self.segments}.values())
+
     def piece(self, shape: Sequence[int]) -> int:
         """Elements that one rank has of a tensor that ZeRO cuts, padding included; all of them without ZeRO."""
         return -(-math.prod(shape) // self.shards)
@@ -100,7 +112,8 @@ class State(NamedTuple):
     optimizer: int
     """Two moments of each weight, and the weights that it updates where it has some of its own."""
     gathered: int
-    """Weights that ZeRO 3 has whole at once: a segment's, with prefetch those of two neighbours."""
+    """Weights that ZeRO 3 has whole at once: a segment's. With prefetch those of two neighbours, and what the forward
+    and the backward graph of each kind of segment were last given and hold on to."""
 
 
 def state_bytes(share: Share, item_bytes: int) -> State:
@@ -116,10 +129,10 @@ def state_bytes(share: Share, item_bytes: int) -> State:
         gradients = 0
     gathered = 0
     if stage == 3:
-        for span in share.stages.values():
-            sizes = [sum(map(math.prod, share.weights([segment]).values())) for segment in span]
-            pairs = zip(sizes, sizes[1:] if layout.prefetch else [], strict=False)
-            gathered = max([gathered, *sizes, *map(sum, pairs)])
+        gathered = max(map(share.elements, share.segments), default=0)
+        if layout.prefetch:
+            pairs = (sum(map(share.elements, pair)) for span in share.stages.values() for pair in pairwise(span))
+            gathered = max([gathered, *pairs]) + 2 * sum(map(share.elements, share.kinds()))
     return State(*(item_bytes * elements for elements in (weights, gradients, optimizer, gathered)))
 
 
@@ -137,8 +150,8 @@ def saved_elements(config: ModelConfig, layout: Layout, seq_len: int, segment: i
         return 0
     if segment > config.layers:
         return 2 * stream + tokens * (config.vocab // tp + 1)
-    which = layout.recompute
-    if which == "full" or (not isinstance(which, str) and segment - 1 in which):
+    which = layout.recompute_of(segment - 1)
+    if which == "full":
         return stream
     heads, keys, inside = config.heads // tp, max(1, config.kv_heads // tp), layout.ulysses
     query, qkv = heads * config.head_width, (heads + 2 * keys) * config.head_width

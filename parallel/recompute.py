@@ -13,17 +13,14 @@ from models.attention import SelfAttention
 from models.layers import Linear
 from models.segments import Chain, Recompute, Segment
 from parallel.context import ContextAttention
+from parallel.layout import Layout
 
 
-def recompute(segments: Sequence[Segment], which: str | Sequence[int]) -> list[Segment]:
-    """`segments` (embedding, layers, head) with the layers merged that `which` names (`layout.recompute`)."""
-    merged = list(segments)
-    for layer in range(len(segments) - 2):
-        if which == "selective":
-            merged[layer + 1] = _selective(segments[layer + 1])
-        elif which == "full" or (not isinstance(which, str) and layer in which):
-            merged[layer + 1] = Recompute(segments[layer + 1].segments)
-    return merged
+def recompute(segments: Sequence[Segment], layout: Layout) -> list[Segment]:
+    """`segments` (embedding, layers, head) with the layers merged that `layout.recompute` names."""
+    merge = {"none": lambda segment: segment, "selective": _selective, "full": lambda layer: Recompute(layer.segments)}
+    embedding, *layers, head = segments
+    return [embedding, *(merge[layout.recompute_of(i)](layer) for i, layer in enumerate(layers)), head]
 
 
 def _selective(segment: Segment) -> Segment:

@@ -23,6 +23,7 @@ from trainer.errors import MachineError
 
 GIB = 2**30
 PR_SET_PDEATHSIG = 1
+CONTROL_GROUP = Path("/sys/fs/cgroup")
 RESERVE_GIB = 0.6
 """What one rank takes before any model: MindSpore's libraries and runtime, measured on CPU."""
 
@@ -40,10 +41,10 @@ def available_memory_gib() -> float:
 
     Pages of files that the group has read count as used there, but are given back when memory is short.
     """
-    available, group = psutil.virtual_memory().available, Path("/sys/fs/cgroup")
-    limit = group / "memory.max"
+    available, limit = psutil.virtual_memory().available, CONTROL_GROUP / "memory.max"
     if limit.exists() and limit.read_text().strip() != "max":
-        used, parts = int((group / "memory.current").read_text()), (group / "memory.stat").read_text().split()
+        used = int((CONTROL_GROUP / "memory.current").read_text())
+        parts = (CONTROL_GROUP / "memory.stat").read_text().split()
         files = int(dict(zip(parts[::2], parts[1::2], strict=True))["inactive_file"])
         available = min(available, int(limit.read_text()) - used + files)
     return available / GIB
@@ -64,7 +65,8 @@ def _needed_bytes(share: Share, seq_len: int, item_bytes: int) -> int:
     """What is kept from pass to pass; a micro-batch's gradients, with the message that they travel in and its result
     where ranks add them up; what the segments save or recompute, and the gradient of the logits beside them."""
     layout, state = share.layout, state_bytes(share, item_bytes)
-    gradients = (state.gathered or state.weights) * (3 if layout.dp * layout.cp > 1 else 1)
+    whole = item_bytes * max(map(share.elements, share.segments)) if state.gathered else state.weights
+    gradients = whole * (3 if layout.dp * layout.cp > 1 else 1)
     logits = share.head * (layout.micro_batch * seq_len // layout.cp) * share.config.vocab // layout.tp
     passing = max(logits, recomputed_elements(share, seq_len))  # at the end and amid the layers
     return sum(state) + gradients + item_bytes * (peak_saved_elements(share, seq_len) + passing)

@@ -137,10 +137,12 @@ def test_a_backward_brings_back_what_recompute_did_not_save(recompute):
     assert recomputed_elements(ends, SEQ_LEN) == 0
 
 
-def test_zero_3_has_one_segment_whole_or_two_with_prefetch():
+def test_zero_3_has_one_segment_whole_and_with_prefetch_two_and_what_graphs_hold():
     config = ModelConfig(layers=2, hidden=8, ffn=12, heads=4, kv_heads=2, vocab=80, tied_embeddings=True)
     layer = 2 * 8 + (4 + 2 * 2) * 2 * 8 + 8 * 8 + 3 * 8 * 12
-    embedding = 80 * 8
-    for prefetch, elements in ((True, layer + 8 + embedding), (False, 8 + embedding)):
-        share = Share(config, Layout(dp=4, zero=3, prefetch=prefetch), 4)
+    embedding, head = 80 * 8, 8 + 80 * 8
+    ahead = layer + head + 2 * (embedding + layer + head)
+    unlike = ahead + 2 * layer  # a recomputed layer has graphs of its own
+    for prefetch, which, elements in ((True, "none", ahead), (True, (1,), unlike), (False, "none", head)):
+        share = Share(config, Layout(dp=4, zero=3, prefetch=prefetch, recompute=which), 4)
         assert state_bytes(share, 8).gathered == 8 * elements
