@@ -71,7 +71,7 @@ class Recipe:
                 ranks % replica == 0,
                 f"launcher.ranks {ranks}",
                 f"must be a multiple of the {replica} ranks of one replica",
-                f"set launcher.ranks={max(1, ranks // replica) * replica} (the nearest), or change the layout",
+                f"set launcher.ranks={max(1, round(ranks / replica)) * replica} (the nearest), or change the layout",
             )
             keys["dp"] = ranks // replica
         keys["dp"] = keys["dp"] or 1

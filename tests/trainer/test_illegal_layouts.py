@@ -70,10 +70,12 @@ ILLEGAL = {
     ),
     "tp=8 sequence_parallel=true data.seq_len=100": ("must divide the 100 tokens", "set layout.tp=4 (the nearest)"),
     "dp=3 micro_batch=3": ("a multiple of layout.dp 3 x layout.micro_batch 3", "set layout.dp=2 layout.micro_batch=1"),
+    "tp=2 pp=2 launcher.ranks=7": ("launcher.ranks 7 must be a multiple of the 4 ranks", "set launcher.ranks=8 (the"),
+    "tp=2 pp=2 launcher.ranks=5": ("launcher.ranks 5 must be a multiple of the 4 ranks", "set launcher.ranks=4 (the"),
     "recompute=[8]": ("layout.recompute [8] must list layers from 0 to 7", "or set layout.recompute=selective"),
 }
 """Keys of the layout of `tiny_dense`, and others with their section -> what must be said."""
-REMEDY = re.compile(r"; set ((?:layout|train|data)\.\w+=[^,;( [\]]+(?: layout\.micro_batch=1)?)")
+REMEDY = re.compile(r"; set ((?:layout|train|data|launcher)\.\w+=[^,;( [\]]+(?: layout\.micro_batch=1)?)")
 
 
 def test_ranks_and_a_shard_group_make_a_legal_layout_together():

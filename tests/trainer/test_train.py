@@ -260,6 +260,21 @@ def test_a_run_starts_from_converted_weights_and_from_hugging_faces_own(busway, 
     assert at_random != pytest.approx(loss, rel=1e-2)
 
 
+@pytest.mark.parametrize("learnt", [0, 2_700])
+def test_data_without_labels_ends_the_run_with_the_remedy(busway, tmp_path, learnt):
+    """One document of 3,000 tokens, of which the last tenth is held out and the first `learnt` have labels."""
+    places = np.arange(3_000)
+    for name, dtype, values in (("text", np.uint16, places % 300), ("text.loss_mask", np.uint8, places < learnt)):
+        with IndexedWriter(tmp_path / name, dtype) as writer:
+            writer.add(values)
+    keys = (f"data.sources=[{{path: {tmp_path / 'text'}}}]", "data.tokenizer=null", "train.steps=3")
+    run = busway.train(f"unlabelled-{learnt}", *keys, "train.eval_every=3", "layout.dp=2", code=2)
+    (line,) = [line for line in run.stderr.splitlines() if line.startswith("busway: ")]
+    remedy = "or set train.eval_every=0" if learnt else "where prompts take no loss"
+    assert "has a label; see to data.sources, " in line and remedy in line
+    assert len(run.rows) == (3 if learnt else 0)
+
+
 def test_the_nodes_of_a_run_share_the_directory_that_the_first_makes(small_recipe, cache, tmp_path, monkeypatch):
     """As on Ascend, where each node runs one `busway train`; the ranks are not started here."""
     started = []
