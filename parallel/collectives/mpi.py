@@ -73,7 +73,7 @@ def _share_cores(world: MPI.Comm) -> None:
     """Bind this rank to its share of the cores that ranks of its machine have in common; where a launcher has bound
     each to its own, nothing changes. More ranks than cores take them in turn, so that neighbours work at once.
 
-    MindSpore takes a thread for every core that it may run on, whatever it is told: without this, ranks took 1.1 to 1.6
+    MindSpore takes a thread for every core that it may run on, whatever it is told: without this, ranks took 1.0 to 1.7
     times as long on two cores (docs/performance.md).
     """
     mine = (platform.node(), sorted(os.sched_getaffinity(0)))
