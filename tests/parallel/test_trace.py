@@ -70,7 +70,7 @@ def test_operators_of_both_forms_record_what_they_count(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     seen = pickle.loads((tmp_path / "seen").read_bytes())
-    assert seen.keys() == {"native", "python"} if LIBRARY.exists() else {"python"}
+    assert seen.keys() == ({"native", "python"} if LIBRARY.exists() else {"python"})
     for before, window, spans, counted, after in seen.values():
         assert before == after == []
         found = [(span.name, span.details["axis"], span.details["dtype"], span.details["bytes"]) for span in spans]
