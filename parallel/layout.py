@@ -289,7 +289,7 @@ class Layout:
         return share // next(counts, share) if share else 1
 
     def recompute_of(self, layer: int) -> str:
-        """`none`, `selective` or `full`."""
+        """What of a layer runs forward again: `none`, `selective` (attention) or `full`."""
         if isinstance(self.recompute, str):
             return self.recompute
         return "full" if layer in self.recompute else "none"

@@ -199,10 +199,7 @@ class _Step:
 
     def again(self, *kinds: str) -> int:
         """Layers of this rank whose forward, or its attention, runs again."""
-        which = self.layout.recompute
-        if isinstance(which, str):
-            return self.layers if which in kinds else 0
-        return sum(layer in which for layer in self.share.layers)
+        return sum(self.layout.recompute_of(layer) in kinds for layer in self.share.layers)
 
     def tensor(self) -> None:
         """Blocks are entered and left: a sum of T H where forwards leave (embedding 1, layer 2, and 2 where it runs
