@@ -73,6 +73,7 @@ class World(Worker):
         paths = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
         threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         env = {**os.environ, **threads, "OMP_WAIT_POLICY": "passive", "PYTHONPATH": os.pathsep.join(paths)}
+        # Busway binds its own ranks, unless a launcher has: mpiexec must leave them to it.
         bound = () if script == "busway_layout.py" and ranks == int(words[1]) > 1 else ("-bind-to", "core")
         command = [mpiexec, *bound, "-n", str(ranks), sys.executable, "-P", str(HERE / "steps" / script)]
         super().__init__(name, [*command, *words], env)
