@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from models.config import ModelConfig, RopeScaling
+from models.config import ModelConfig
 from models.kernels import Kernels
 from models.layers import Linear, Norm
 from models.segments import COS, FIRST_KEY, SIN, Residual, Segment
+from models.shapes import RopeScaling
 from models.weights import Weight, weights_of
 
 
@@ -23,6 +24,13 @@ class Heads:
     keys: int
     """Heads of keys, and of values."""
     width: int
+    temperature: float = 1.0
+    """By which scores are multiplied beside 1 / sqrt(width)."""
+
+    @property
+    def scale(self) -> float:
+        """Of the scores."""
+        return self.temperature / math.sqrt(self.width)
 
 
 class HeadNorm(Segment):
@@ -53,7 +61,7 @@ class SelfAttention(Segment):
     def __init__(self, heads: Heads, kernels: Kernels) -> None:
         super().__init__()
         self.heads = heads
-        self.kernel = kernels.Attention(heads.queries, heads.keys, 1.0 / math.sqrt(heads.width), kernels.documents)
+        self.kernel = kernels.Attention(heads.queries, heads.keys, heads.scale, kernels.documents)
 
     def forward(self, x, weights, context):
         """Saves qkv, its output and the log-sum-exp a row, from which the backward makes the scores again."""
@@ -84,18 +92,36 @@ def attention_block(config: ModelConfig, layer: int, kernels: Kernels, rounding:
 
 
 def rotary_tables(config: ModelConfig, length: int, dtype: type = np.float32) -> tuple[np.ndarray, np.ndarray]:
-    """cos_SR and sin_SR for positions 0 to length-1, computed in float64, R = head_dim / 2."""
-    half = np.arange(0, config.head_width, 2, dtype=np.float64)
-    frequencies = _scaled(config.rope_theta ** (-half / config.head_width), config.rope_scaling)
+    """cos_SR and sin_SR for positions 0 to length-1, computed in float64; R is half of what turns of a head."""
+    width, scaling = config.rotary_width, config.rope_scaling
+    half = np.arange(0, width, 2, dtype=np.float64)
+    frequencies = config.rope_theta ** (-half / width)
+    if scaling.kind == "llama3":
+        frequencies = _by_wavelength(frequencies, scaling)
+    elif scaling.kind == "yarn":
+        frequencies = _by_turns(frequencies, scaling, config.rope_theta)
     angles = np.outer(np.arange(length, dtype=np.float64), frequencies)
-    return np.cos(angles).astype(dtype), np.sin(angles).astype(dtype)
+    amplitude = scaling.amplitude
+    return (amplitude * np.cos(angles)).astype(dtype), (amplitude * np.sin(angles)).astype(dtype)
 
 
-def _scaled(frequencies_R: np.ndarray, scaling: RopeScaling) -> np.ndarray:
+def _by_wavelength(frequencies_R: np.ndarray, scaling: RopeScaling) -> np.ndarray:
     """Llama 3.1's scaling: long wavelengths are stretched by `factor`, short ones kept, a blend between."""
-    if scaling.kind == "none":
-        return frequencies_R
     wavelengths_R = 2 * math.pi / frequencies_R
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     blend_R = np.clip((scaling.original_length / wavelengths_R - low) / (high - low), 0.0, 1.0)
     return (1 - blend_R) * frequencies_R / scaling.factor + blend_R * frequencies_R
+
+
+def _by_turns(frequencies_R: np.ndarray, scaling: RopeScaling, theta: float) -> np.ndarray:
+    """YaRN's (arXiv 2309.00071, section 3.2): the blend is linear in the dim, between those that turn `beta_fast` and
+    `beta_slow` times over the original length."""
+    dims = 2 * len(frequencies_R)
+
+    def turning(times: float) -> float:
+        return dims * math.log(scaling.original_length / (times * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(math.floor(turning(scaling.beta_fast)), 0)
+    high = min(math.ceil(turning(scaling.beta_slow)), dims - 1)
+    ramp_R = np.clip((np.arange(len(frequencies_R)) - low) / max(high - low, 1e-3), 0.0, 1.0)
+    return ramp_R * frequencies_R / scaling.factor + (1 - ramp_R) * frequencies_R

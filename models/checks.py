@@ -7,7 +7,7 @@ This module imports nothing but the standard library.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 
 class ConfigError(ValueError):
@@ -45,3 +45,9 @@ def nearest(name: str, known: Iterable[str], otherwise: str = "") -> str:
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else otherwise or f"known: {', '.join(known)}"
+
+
+def nearest_divisor(number: int, wish: int, legal: Callable[[int], bool] = lambda divisor: True) -> int:
+    """The divisor of `number` closest to `wish` among those that are `legal`, as 1 must be."""
+    divisors = (d for d in range(1, number + 1) if number % d == 0 and legal(d))
+    return min(divisors, key=lambda d: (abs(d - wish), d))

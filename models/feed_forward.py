@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from models.config import ModelConfig
+from collections.abc import Sequence
+
+from models.config import ModelConfig, ParameterSpec
 from models.kernels import Kernels
 from models.layers import Linear, Norm
 from models.segments import Residual, Segment
@@ -27,15 +29,13 @@ class SwiGLU(Segment):
         return self.kernel.backward(saved[0], dy), ()
 
 
+def gated(specs: Sequence[ParameterSpec], kernels: Kernels, rounding: str) -> list[Segment]:
+    """Gate and up projection, SwiGLU, down projection; `specs` are those of the three matrices."""
+    gate_up = weights_of(specs[:2], ("gate_up_proj.weight", ("gate_proj.weight", "up_proj.weight")))
+    return [Linear(gate_up, rounding), SwiGLU(kernels), Linear(weights_of(specs[2:]), rounding)]
+
+
 def feed_forward_block(config: ModelConfig, layer: int, kernels: Kernels, rounding: str) -> Residual:
-    """norm, gate and up projection, SwiGLU, down projection, around a skip connection."""
-    norm, gate, up, down = config.layer_parameters(layer)[-4:]
-    gate_up = weights_of([gate, up], ("gate_up_proj.weight", ("gate_proj.weight", "up_proj.weight")))
-    return Residual(
-        [
-            Norm(weights_of([norm]), config.norm_eps, kernels),
-            Linear(gate_up, rounding),
-            SwiGLU(kernels),
-            Linear(weights_of([down]), rounding),
-        ]
-    )
+    """norm and `gated` around a skip connection."""
+    norm, *matrices = config.block_parameters(layer, "feed_forward")
+    return Residual([Norm(weights_of([norm]), config.norm_eps, kernels), *gated(matrices, kernels, rounding)])

@@ -1,95 +1,24 @@
 """How Hugging Face's transformers writes the models that we have: keys of config.json, names of tensors.
 
-One table a family. The layout of every matrix is the same on both sides (`[out, in]`, rotary pairs half a head
-apart), so that a conversion renames tensors and never touches their bytes. No MindSpore here.
+The tables are those of `models.families`. The layout of every matrix is the same on both sides (`[out, in]`), so that a
+conversion renames tensors and does not touch their bytes, but for FP8 (`trainer.quantised`). No MindSpore here.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 from models.checks import ConfigError, check, check_choice
-from models.config import ModelConfig, RopeScaling
+from models.config import ModelConfig
+from models.families import DEFAULTS, FAMILIES, NULLABLE, Family, feature
+from models.shapes import ExpertsConfig, LatentConfig, PredictionConfig, RopeScaling
 
-_DENSE_MODULES = {
-    "embedding": "model.embed_tokens",
-    "layers.*.attention_norm": "model.layers.*.input_layernorm",
-    "layers.*.attention.q_proj": "model.layers.*.self_attn.q_proj",
-    "layers.*.attention.k_proj": "model.layers.*.self_attn.k_proj",
-    "layers.*.attention.v_proj": "model.layers.*.self_attn.v_proj",
-    "layers.*.attention.q_norm": "model.layers.*.self_attn.q_norm",
-    "layers.*.attention.k_norm": "model.layers.*.self_attn.k_norm",
-    "layers.*.attention.o_proj": "model.layers.*.self_attn.o_proj",
-    "layers.*.feed_forward_norm": "model.layers.*.post_attention_layernorm",
-    "layers.*.feed_forward.gate_proj": "model.layers.*.mlp.gate_proj",
-    "layers.*.feed_forward.up_proj": "model.layers.*.mlp.up_proj",
-    "layers.*.feed_forward.down_proj": "model.layers.*.mlp.down_proj",
-    "norm": "model.norm",
-    "head": "lm_head",
+_SCALING_KEYS = {
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
 }
-
-
-@dataclass(frozen=True)
-class Family:
-    """One architecture of transformers: how we recognise it, and how it names what we have."""
-
-    architecture: str
-    """The class named under `architectures`."""
-    model_type: str
-    """The key of the same name."""
-    features: Mapping[str, bool]
-    """Fields of `ModelConfig` that the architecture itself decides."""
-    defaults: Mapping[str, object]
-    """What transformers takes for keys that config.json may leave out, where families differ."""
-    fixed: Mapping[str, object]
-    """Keys of which we represent this one value, which is also transformers' default."""
-    modules: Mapping[str, str] = field(default_factory=lambda: _DENSE_MODULES)
-    """Our module to theirs; `*` stands for a number, in the same order on both sides."""
-
-
-FAMILIES = (
-    Family(
-        "LlamaForCausalLM",
-        "llama",
-        features={"qk_norm": False, "qkv_bias": False},
-        defaults={"num_key_value_heads": None, "head_dim": None, "max_position_embeddings": 2048},
-        fixed={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
-    ),
-    Family(
-        "Qwen2ForCausalLM",
-        "qwen2",
-        features={"qk_norm": False, "qkv_bias": True},
-        defaults={"num_key_value_heads": 32, "head_dim": None, "max_position_embeddings": 32768},
-        fixed={"hidden_act": "silu"},
-    ),
-    Family(
-        "Qwen3ForCausalLM",
-        "qwen3",
-        features={"qk_norm": True, "qkv_bias": False},
-        defaults={"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768},
-        fixed={"hidden_act": "silu", "attention_bias": False},
-    ),
-)
-
-_KEYS = {
-    "layers": ("num_hidden_layers", int),
-    "hidden": ("hidden_size", int),
-    "ffn": ("intermediate_size", int),
-    "heads": ("num_attention_heads", int),
-    "kv_heads": ("num_key_value_heads", int),
-    "vocab": ("vocab_size", int),
-    "head_dim": ("head_dim", int),
-    "norm_eps": ("rms_norm_eps", float),
-    "tied_embeddings": ("tie_word_embeddings", bool),
-    "max_length": ("max_position_embeddings", int),
-    "init_std": ("initializer_range", float),
-}
-_DEFAULTS = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "initializer_range": 0.02}
-_NULLABLE = ("num_key_value_heads", "head_dim")
-_LLAMA3_FACTORS = ("factor", "low_freq_factor", "high_freq_factor")
-_ROPE_THETA = 10000.0
+_YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 0.0, "mscale_all_dim": 0.0}
 
 
 def to_config(hf: Mapping[str, object]) -> ModelConfig:
@@ -98,7 +27,8 @@ def to_config(hf: Mapping[str, object]) -> ModelConfig:
     Raises `ConfigError`, naming the key, for whatever our decoder would compute differently.
     """
     family = _family_of_json(hf)
-    for key, value in {**family.fixed, "quantization_config": None}.items():
+    quantised_block(hf)
+    for key, value in family.fixed.items():
         check(
             hf.get(key) in (value, None),
             f"config.json: {key}",
@@ -106,11 +36,20 @@ def to_config(hf: Mapping[str, object]) -> ModelConfig:
             "convert a checkpoint without it",
         )
     _check_full_attention(hf)
-    values = {name: _read(family, hf, key, kind) for name, (key, kind) in _KEYS.items()}
+    read = {name: _read(family, hf, key, kind) for name, (key, kind) in family.keys.items()}
+    decided = {
+        name: value for name, value in family.features.items() if name not in ("latent", "experts", "moe.biased")
+    }
+    values, sections = {}, {"latent": {}, "moe": {}, "mtp": {}}
+    for name, value in (decided | read).items():
+        section, _, field = name.rpartition(".")
+        (sections[section] if section else values)[field] = value
     if values["kv_heads"] is None:
         values["kv_heads"] = values["heads"]
-    theta, scaling = _read_rope(hf, values["max_length"])
-    return ModelConfig(**values, **family.features, rope_theta=theta, rope_scaling=scaling)
+    theta, scaling = _read_rope(family, hf, values["max_length"])
+    kinds = {"latent": LatentConfig, "moe": ExpertsConfig, "mtp": PredictionConfig}
+    made = {name: kind(**sections[name]) for name, kind in kinds.items()}
+    return ModelConfig(**values, **made, rope_theta=theta, rope_scaling=scaling)
 
 
 def from_config(config: ModelConfig) -> dict[str, object]:
@@ -126,19 +65,24 @@ def from_config(config: ModelConfig) -> dict[str, object]:
         f"must divide model.hidden {config.hidden} in a {family.architecture}, but is {config.heads}",
         "transformers refuses such a Llama, so keep the weights in Busway's format",
     )
-    scaling = config.rope_scaling
-    llama3 = {
-        "rope_type": "llama3",
-        **{key: getattr(scaling, key) for key in _LLAMA3_FACTORS},
-        "original_max_position_embeddings": scaling.original_length,
-    }
+    scaling, rope = config.rope_scaling, None
+    check(
+        scaling.kind in family.scalings,
+        "model.rope_scaling.kind",
+        f"must be one of {', '.join(family.scalings)} in a {family.architecture}, but is {scaling.kind}",
+        "keep the weights in Busway's format",
+    )
+    if scaling.kind != "none":
+        factors = {key: getattr(scaling, key) for key in _SCALING_KEYS[scaling.kind]}
+        rope = {"rope_type": scaling.kind, **factors, "original_max_position_embeddings": scaling.original_length}
     return {
         "architectures": [family.architecture],
         "model_type": family.model_type,
-        **{key: getattr(config, name) for name, (key, _) in _KEYS.items()},
-        "head_dim": config.head_width,
+        **{key: feature(config, name) for name, (key, _) in family.keys.items()},
+        **({"head_dim": config.head_width} if "head_dim" in family.keys else {}),
+        **({"num_key_value_heads": config.heads} if config.latent.kv_rank else {}),
         "rope_theta": config.rope_theta,
-        "rope_scaling": llama3 if scaling.kind == "llama3" else None,
+        "rope_scaling": rope,
         **family.fixed,
         "bos_token_id": None,
         "eos_token_id": None,
@@ -148,10 +92,14 @@ def from_config(config: ModelConfig) -> dict[str, object]:
 def family_of(config: ModelConfig) -> Family:
     """The family that has the features of `config`."""
     for family in FAMILIES:
-        if all(getattr(config, name) == value for name, value in family.features.items()):
+        if family.describes(config):
             return family
-    features = ", ".join(f"{name}={getattr(config, name)}" for name in FAMILIES[0].features)
-    raise ConfigError(f"model has {features}, which no architecture of transformers has; keep it in Busway's format")
+    nearest = min(FAMILIES, key=lambda family: sum(feature(config, n) != v for n, v in family.features.items()))
+    other = [f"{name}={feature(config, name)}" for name, v in nearest.features.items() if feature(config, name) != v]
+    raise ConfigError(
+        f"model has {', '.join(other)}, which no architecture of transformers has beside the rest (the nearest is "
+        f"{nearest.architecture}); keep it in Busway's format"
+    )
 
 
 def names(config: ModelConfig) -> dict[str, str]:
@@ -160,16 +108,53 @@ def names(config: ModelConfig) -> dict[str, str]:
     return {spec.name: _translate(modules, spec.name) for spec in config.parameters()}
 
 
+def copies(config: ModelConfig) -> dict[str, str]:
+    """Hugging Face's names of tensors that repeat one of ours -> our name: embedding and head of each module of
+    multi-token prediction."""
+    head = "embedding.weight" if config.tied_embeddings else "head.weight"
+    found = {}
+    for layer in config.later_layers:
+        found[f"model.layers.{layer}.embed_tokens.weight"] = "embedding.weight"
+        found[f"model.layers.{layer}.shared_head.head.weight"] = head
+    return found
+
+
+def is_later(config: ModelConfig, tensor: str) -> bool:
+    """Whether a checkpoint's `tensor` is of a layer of multi-token prediction."""
+    return any(tensor.startswith(f"model.layers.{layer}.") for layer in config.later_layers)
+
+
 def is_harmless(config: ModelConfig, tensor: str) -> bool:
     """Whether a checkpoint's `tensor`, a Hugging Face name, repeats what the config or another tensor says."""
-    return tensor.endswith("rotary_emb.inv_freq") or (config.tied_embeddings and tensor == "lm_head.weight")
+    repeats = tensor in copies(config) or (config.tied_embeddings and tensor == "lm_head.weight")
+    return repeats or tensor.endswith("rotary_emb.inv_freq")
+
+
+def quantised_block(hf: Mapping[str, object]) -> tuple[int, int] | None:
+    """Rows and columns of a block of FP8 weights that share a factor, by a parsed config.json; None without FP8.
+
+    Raises `ConfigError` for other quantisations.
+    """
+    given = hf.get("quantization_config")
+    if given is None:
+        return None
+    block = given.get("weight_block_size") if isinstance(given, Mapping) else None
+    fits = isinstance(block, list) and len(block) == 2 and all(isinstance(side, int) and side > 0 for side in block)
+    check(
+        fits and (given.get("quant_method"), given.get("fmt", "e4m3")) == ("fp8", "e4m3"),
+        "config.json: quantization_config",
+        f"must be null or DeepSeek-V3's (fp8, e4m3, with a weight_block_size), but is {_json(given)}",
+        "convert a checkpoint without it",
+    )
+    return block[0], block[1]
 
 
 def _translate(modules: Mapping[str, str], name: str) -> str:
-    module, _, leaf = name.rpartition(".")
-    numbers = iter(re.findall(r"(?<=\.)\d+", module))
-    theirs = modules[re.sub(r"(?<=\.)\d+", "*", module)]
-    return re.sub(r"\*", lambda _: next(numbers), theirs) + "." + leaf
+    numbers = iter(re.findall(r"(?<=\.)\d+", name))
+    ours = re.sub(r"(?<=\.)\d+", "*", name)
+    module, _, leaf = ours.rpartition(".")
+    theirs = modules[ours] if ours in modules else f"{modules[module]}.{leaf}"
+    return re.sub(r"\*", lambda _: next(numbers), theirs)
 
 
 def _family_of_json(hf: Mapping[str, object]) -> Family:
@@ -185,18 +170,21 @@ def _family_of_json(hf: Mapping[str, object]) -> Family:
 
 
 def _read(family: Family, hf: Mapping[str, object], key: str, kind: type) -> int | float | bool | None:
-    defaults = _DEFAULTS | dict(family.defaults)
+    key = family.aliases[key] if key not in hf and family.aliases.get(key) in hf else key
+    defaults = DEFAULTS | dict(family.defaults)
     check(key in hf or key in defaults, f"config.json: {key}", "is missing", "take it from the published config.json")
     value = hf.get(key, defaults.get(key))
-    if value is None and key in _NULLABLE:
+    if value is None and key in NULLABLE:
         return None
+    if value is None and kind is list:
+        return []
     return _typed(key, value, kind)
 
 
 def _typed(key: str, value: object, kind: type) -> int | float | bool:
     accepted = (int, float) if kind is float else kind
     fits = isinstance(value, accepted) and isinstance(value, bool) == (kind is bool)
-    noun = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
+    noun = {int: "a whole number", float: "a number", bool: "true or false", list: "a list"}[kind]
     check(fits, f"config.json: {key}", f"must be {noun}, but is {_json(value)}", "correct the file")
     return kind(value)
 
@@ -217,7 +205,7 @@ def _check_full_attention(hf: Mapping[str, object]) -> None:
     )
 
 
-def _read_rope(hf: Mapping[str, object], max_length: int) -> tuple[float, RopeScaling]:
+def _read_rope(family: Family, hf: Mapping[str, object], max_length: int) -> tuple[float, RopeScaling]:
     """Base and scaling, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4).
 
     A key left out takes the default of transformers' `standardize_rope_params`.
@@ -231,21 +219,19 @@ def _read_rope(hf: Mapping[str, object], max_length: int) -> tuple[float, RopeSc
         "convert a checkpoint whose layers share their rotary positions",
     )
     kind = rope.get("rope_type", rope.get("type", "default"))
-    check_choice(f"config.json: {where}.rope_type", str(kind), ("default", "llama3"))
-    partial = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
-    check(
-        partial in (None, 1),
-        "config.json: partial_rotary_factor",
-        f"must be 1, but is {_json(partial)}",
-        "convert a checkpoint without it",
-    )
-    theta = _typed("rope_theta", rope.get("rope_theta") or hf.get("rope_theta") or _ROPE_THETA, float)
+    check_choice(f"config.json: {where}.rope_type", str(kind), ("default", *family.scalings[1:]))
+    for key in ("partial_rotary_factor", "attention_factor"):
+        value = rope.get(key, hf.get(key))
+        check(value in (None, 1), f"config.json: {key}", f"must be 1, but is {_json(value)}", "convert one without it")
+    default = family.defaults.get("rope_theta", DEFAULTS["rope_theta"])
+    theta = _typed("rope_theta", rope.get("rope_theta") or hf.get("rope_theta") or default, float)
     if kind == "default":
         return theta, RopeScaling()
-    factors = {key: _typed(f"{where}.{key}", rope.get(key), float) for key in _LLAMA3_FACTORS}
+    given = (_YARN_DEFAULTS if kind == "yarn" else {}) | dict(rope)
+    factors = {key: _typed(f"{where}.{key}", given.get(key), float) for key in _SCALING_KEYS[kind]}
     length = rope.get("original_max_position_embeddings") or max_length
     length = _typed(f"{where}.original_max_position_embeddings", length, int)
-    return theta, RopeScaling(kind="llama3", **factors, original_length=length)
+    return theta, RopeScaling(kind=kind, **factors, original_length=length)
 
 
 def _json(value: object) -> str:

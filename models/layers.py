@@ -110,6 +110,10 @@ class Embedding(Segment):
         self.first_row = weights[0].parts[0].region[0][0]
         self.kernel = kernels.Embedding()
 
+    def rebuilt(self, weights: Sequence[Weight], kernels: Kernels) -> Embedding:
+        """The same with other weights."""
+        return Embedding(weights, kernels)
+
     def forward(self, x, weights, context):
         """Looks up the context's tokens; `x` is not read."""
         return self.kernel.forward(self.rows(context), weights[0]), ()

@@ -7,8 +7,9 @@ Segments nest: a `Chain` of segments is a segment, a `Residual` is a chain with 
 are flat tuples of tensors whatever the nesting, so that they may leave a graph and come back into another.
 
 `weights` is a tuple in the order of `segment.weights`; `context` is what all segments of a step share:
-(tokens_T, labels_T, first_key_T, cos_SR, sin_SR), at the places that the constants below name. The methods run
-inside a compiled graph.
+(tokens_T, labels_T, first_key_T, cos_SR, sin_SR), at the places that the constants below name. With multi-token
+prediction, behind the labels stand for each module the later tokens and their labels (`labels_of`, `later_tokens`). The
+methods run inside a compiled graph.
 
 Shape suffixes: T tokens (batch x sequence), S sequence, H hidden, R half of a head's width, V vocabulary.
 """
@@ -24,6 +25,18 @@ from models.weights import Weight
 
 TOKENS, LABELS, FIRST_KEY, COS, SIN = range(5)
 """Places in `context`."""
+
+
+def labels_of(context, ahead=0):
+    """The labels [T] of the tokens that come `ahead` tokens after the next ones."""
+    tokens = context[TOKENS].shape[0]
+    return context[LABELS][2 * ahead * tokens : (2 * ahead + 1) * tokens]
+
+
+def later_tokens(context, ahead):
+    """The tokens [T] that come `ahead` tokens from here, -1 behind the sequence."""
+    tokens = context[TOKENS].shape[0]
+    return context[LABELS][(2 * ahead - 1) * tokens : 2 * ahead * tokens]
 
 
 class Segment(nn.Cell):
@@ -68,6 +81,10 @@ class Chain(Segment):
         self.saved_spans = _spans([segment.saves for segment in segments])
         self.kept_spans = _spans([segment.keeps for segment in segments])
 
+    def rebuilt(self, segments: Sequence[Segment]) -> Chain:
+        """The same around other segments."""
+        return type(self)(segments)
+
     def forward(self, x, weights, context):
         """Every segment's forward in turn."""
         saved = ()
@@ -109,6 +126,76 @@ class Residual(Chain):
         """The chain's input gradient added to dy."""
         dx, kept = super().backward_input(dy, saved, weights, context)
         return dy + dx, kept
+
+
+class Branches(Chain):
+    """The sum of what several segments make of one input."""
+
+    def forward(self, x, weights, context):
+        """Every segment's output, added up."""
+        total, saved = None, ()
+        for i, segment in enumerate(self.segments):
+            start, stop = self.weight_spans[i]
+            y, segment_saved = segment.forward(x, weights[start:stop], context)
+            total, saved = y if i == 0 else total + y, saved + segment_saved
+        return total, saved
+
+    def backward_input(self, dy, saved, weights, context):
+        """Every segment's input gradient, added up."""
+        total, kept = None, ()
+        for i, segment in enumerate(self.segments):
+            start, stop = self.weight_spans[i]
+            first, last = self.saved_spans[i]
+            dx, segment_kept = segment.backward_input(dy, saved[first:last], weights[start:stop], context)
+            total, kept = dx if i == 0 else total + dx, kept + segment_kept
+        return total, kept
+
+
+class Shared(Chain):
+    """A chain in which weights may have several places, as a model with a tied head or a pipeline's stage of it is.
+
+    `weights` lists each once, and the gradients of its places are added up.
+    """
+
+    def __init__(self, segments: Sequence[Segment]) -> None:
+        super().__init__(segments)
+        names = [weight.name for weight in self.weights]
+        once = list(dict.fromkeys(names))
+        self.weights = tuple(self.weights[names.index(name)] for name in once)
+        self.number = tuple(once.index(name) for name in names)
+        self.repeats = len(once) < len(names)
+
+    def forward(self, x, weights, context):
+        """The chain's."""
+        return super().forward(x, self.placed(weights), context)
+
+    def backward_input(self, dy, saved, weights, context):
+        """The chain's."""
+        return super().backward_input(dy, saved, self.placed(weights), context)
+
+    def backward_weight(self, kept):
+        """Gradients in the order of `weights`."""
+        gradients = super().backward_weight(kept)
+        if not self.repeats:
+            return gradients
+        total = ()
+        for place in range(len(self.number)):
+            number = self.number[place]
+            if number < len(total):
+                joined = total[number] + gradients[place]
+                total = total[:number] + (joined,) + total[number + 1 :]
+            else:
+                total = total + (gradients[place],)
+        return total
+
+    def placed(self, weights):
+        """The weights in all of their places."""
+        if not self.repeats:
+            return weights
+        placed = ()
+        for number in self.number:
+            placed = placed + (weights[number],)
+        return placed
 
 
 class Recompute(Chain):

@@ -22,7 +22,8 @@ BLOCK_ROWS = 256
 
 
 Region = tuple[tuple[int, int], ...]
-Piece = tuple[Region | None, tuple[int, int] | None, Any]
+Run = tuple[int, int]
+Piece = tuple[Region | None, Run | None, Any]
 """(region, run, values) of what a file holds of a parameter: its region, None for all of it, and, where the values are
 a run of the region laid out flat, (start, stop) of the run. `values` can be sliced like an array."""
 
@@ -67,7 +68,12 @@ class Part:
         return Part(self.spec, (*self.region[:dim], span, *self.region[dim + 1 :]))
 
 
-def parse_key(key: str) -> tuple[str, Region | None, tuple[int, int] | None]:
+def whole(spec: ParameterSpec) -> Part:
+    """All of a parameter."""
+    return Part(spec, tuple((0, size) for size in spec.shape))
+
+
+def parse_key(key: str) -> tuple[str, Region | None, Run | None]:
     """(parameter name, region, run) of a `Part.key`, perhaps with a run behind it: ``head.weight[0:8,0:4]@0:16``."""
     key, _, run = key.partition("@")
     name, _, region = key.partition("[")
@@ -77,14 +83,14 @@ def parse_key(key: str) -> tuple[str, Region | None, tuple[int, int] | None]:
 
 def assemble(part: Part, pieces: Iterable[Piece]) -> np.ndarray:
     """`part` out of pieces that together hold all of it. Raises ValueError where they do not."""
-    whole = tuple((0, size) for size in part.spec.shape)
-    flat: dict[Region, list[tuple[tuple[int, int], Any]]] = {}
+    everything = whole(part.spec).region
+    flat: dict[Region, list[tuple[Run, Any]]] = {}
     blocks = []
     for region, run, values in pieces:
         if run is None:
-            blocks.append((region or whole, values))
+            blocks.append((region or everything, values))
         else:
-            flat.setdefault(region or whole, []).append((run, values))
+            flat.setdefault(region or everything, []).append((run, values))
     for region, runs in flat.items():
         runs.sort(key=lambda entry: entry[0])
         values = np.concatenate([values[:] for _, values in runs])
@@ -130,6 +136,11 @@ class Weight:
         """Whether weight decay applies."""
         return self.parts[0].spec.decays
 
+    @property
+    def update(self) -> str:
+        """What a step makes of it; see `ParameterSpec`."""
+        return self.parts[0].spec.update
+
     def stack(self, read: Reader) -> np.ndarray:
         """The weight's value, from each part's."""
         values = [read(part) for part in self.parts]
@@ -143,17 +154,22 @@ class Weight:
             row += part.shape[0]
 
 
+def stacked(name: str, specs: Iterable[ParameterSpec]) -> Weight:
+    """The weight that stacks all of `specs`."""
+    return Weight(name, tuple(map(whole, specs)))
+
+
 def weights_of(specs: Iterable[ParameterSpec], *stacks: tuple[str, tuple[str, ...]]) -> list[Weight]:
     """Weights of `specs` in their order; each of `stacks` is (name, endings of the parameters that it joins)."""
-    weights: dict[str, list[Part]] = {}
+    weights: dict[str, list[ParameterSpec]] = {}
     for spec in specs:
         name = spec.name
         for stack, endings in stacks:
             for ending in endings:
                 if spec.name.endswith(ending):
                     name = spec.name.removesuffix(ending) + stack
-        weights.setdefault(name, []).append(Part(spec, tuple((0, size) for size in spec.shape)))
-    return [Weight(name, tuple(parts)) for name, parts in weights.items()]
+        weights.setdefault(name, []).append(spec)
+    return [stacked(name, parts) for name, parts in weights.items()]
 
 
 def draw(spec: ParameterSpec, seed: int, std: float, rows: slice = slice(None)) -> np.ndarray:

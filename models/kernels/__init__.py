@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from mindspore import nn
 
 from models.checks import check_choice
-from models.kernels import ascend, native, plain
+from models.kernels import ascend, native, native_experts, plain, plain_experts
 from models.kernels.plain import EMPTY_LSE as EMPTY_LSE
 
 NAMES = (
@@ -28,13 +28,21 @@ NAMES = (
     "Embedding",
     "SquareSum",
     "AdamW",
+    "Routing",
+    "SortPlaces",
+    "Rows",
+    "GroupedMatmul",
+    "ExpertSwiGLU",
 )
+
+EXPERTS = ("Routing", "SortPlaces", "Rows", "GroupedMatmul", "ExpertSwiGLU")
+"""Which on CPU are all of one room: native ones leave rows unwritten that the plain `GroupedMatmul` would read."""
+
+ROOMS = {"plain": (plain, plain_experts), "native": (native, native_experts), "ascend": (ascend,)}
 
 KERNELS: dict[str, dict[str, type[nn.Cell]]] = {
     name: {
-        room: getattr(module, name)
-        for room, module in (("plain", plain), ("native", native), ("ascend", ascend))
-        if hasattr(module, name)
+        room: getattr(module, name) for room, modules in ROOMS.items() for module in modules if hasattr(module, name)
     }
     for name in NAMES
 }
@@ -65,6 +73,11 @@ class Kernels:
     Embedding: type[nn.Cell]
     SquareSum: type[nn.Cell]
     AdamW: type[nn.Cell]
+    Routing: type[nn.Cell]
+    SortPlaces: type[nn.Cell]
+    Rows: type[nn.Cell]
+    GroupedMatmul: type[nn.Cell]
+    ExpertSwiGLU: type[nn.Cell]
 
     def __init__(self, choices: dict[str, Choice], documents: bool) -> None:
         self.choices = choices
@@ -100,6 +113,8 @@ def _on_cpu(name: str, precision: str) -> Choice:
     missing = native.missing()
     if missing:
         return Choice("plain", f"{missing}; slower")
+    if name in EXPERTS and native_experts.missing_matmul():
+        return Choice("plain", f"{native_experts.missing_matmul()}; slower")
     if name == "AdamW" and precision == "fp64":
         return Choice("plain", "the fp64 reference updates weights in plain operators")
     return Choice("native")

@@ -235,6 +235,47 @@ class SwiGLU(nn.Cell):
         return self.gate_grad(dy, gate_up, -1)
 
 
+class GroupedMatmul(nn.Cell):
+    """`GroupedMatmulV4()([x], [weight [E, I, O]], ..., group_list int64 [E], ...) -> [y]` with split_item 3 and
+    group_type 0, where group_list holds the ends of the groups; `InplaceGroupedMatmulAdd()(x [R, K], weight [R, N],
+    group_list, out [E K, N] float32)` adds x_e^T weight_e, in graphs at jit level O0 alone (kernel by kernel).
+
+    Rows past the last end are left as they are. The documentation of the first asks for group lists that increase, of
+    the second for ascending ones; an expert without a token makes two ends equal.
+    """
+
+    OPERATORS = ("GroupedMatmulV4", "InplaceGroupedMatmulAdd")
+    PRECISIONS = ("bf16",)
+
+    def __init__(self) -> None:
+        super().__init__(auto_prefix=False)
+        self.matmul = auto_generate.GroupedMatmulV4()
+        self.matmul_add = auto_generate.InplaceGroupedMatmulAdd()
+
+    def forward(self, x, w, ends):
+        return self.multiply(x, self.matrices(w, ends).transpose(0, 2, 1), ends)
+
+    def backward_input(self, dy, w, ends):
+        return self.multiply(dy, self.matrices(w, ends), ends)
+
+    def backward_weight(self, dy, x, ends):
+        out = ops.zeros((ends.shape[0] * dy.shape[1], x.shape[1]), mstype.float32)
+        dy, x = ops.cast(dy, mstype.bfloat16), ops.cast(x, mstype.bfloat16)
+        return self.matmul_add(dy, x, ops.cast(ends, mstype.int64), out)
+
+    def multiply(self, x, matrices, ends):
+        """x_e matrices_e for the rows of each expert e."""
+        x, matrices = ops.cast(x, mstype.bfloat16), ops.cast(matrices, mstype.bfloat16)
+        groups = ops.cast(ends, mstype.int64)
+        # x, weight, six of quantisation, group_list, three of activations, split_item, group_type, group_list_type, ...
+        none = (None,) * 6
+        return self.matmul([x], [matrices], *none, groups, None, None, None, 3, 0, 0, 0)[0]
+
+    def matrices(self, w, ends):
+        """[E, O, I]."""
+        return w.reshape(ends.shape[0], w.shape[0] // ends.shape[0], w.shape[1])
+
+
 class AdamW(plain.AdamW):
     """`AdamWeightDecay()(var, m, v, lr, beta1, beta2, epsilon, decay, gradient)`, which corrects no bias:
     w -= lr (m / (sqrt(v) + epsilon) + decay w). With c1 = 1 - beta1^t and r2 = sqrt(1 - beta2^t), torch's step is

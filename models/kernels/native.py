@@ -32,7 +32,7 @@ def missing() -> str:
     return reason if feature else ""
 
 
-def _operator(name: str, shape, dtype) -> ops.Custom:
+def operator(name: str, shape, dtype) -> ops.Custom:
     return ops.Custom(f"{LIBRARY}:busway_{name}", out_shape=shape, out_dtype=dtype, func_type="aot")
 
 
@@ -70,8 +70,8 @@ class RMSNorm(nn.Cell):
     def __init__(self, eps: float) -> None:
         super().__init__(auto_prefix=False)
         self.eps = _number(eps)
-        self.run_forward = _operator("rms_norm", _first, _first)
-        self.run_backward = _operator("rms_norm_backward", _first_two, _first_two)
+        self.run_forward = operator("rms_norm", _first, _first)
+        self.run_backward = operator("rms_norm_backward", _first_two, _first_two)
 
     def forward(self, x, w):
         return self.run_forward(x, w, self.eps)
@@ -86,8 +86,8 @@ class HeadNorm(nn.Cell):
     def __init__(self, heads: int, kv_heads: int, eps: float) -> None:
         super().__init__(auto_prefix=False)
         self.heads, self.eps = Tensor([heads, kv_heads], mstype.int32), _number(eps)
-        self.run_forward = _operator("head_norm", _first, _first)
-        self.run_backward = _operator("head_norm_backward", _first_three, _first_three)
+        self.run_forward = operator("head_norm", _first, _first)
+        self.run_backward = operator("head_norm_backward", _first_three, _first_three)
 
     def forward(self, qkv, wq, wk):
         return self.run_forward(qkv, wq, wk, self.heads, self.eps)
@@ -103,7 +103,7 @@ class Rotary(nn.Cell):
         super().__init__(auto_prefix=False)
         self.heads = Tensor([heads, kv_heads], mstype.int32)
         self.onward, self.back = _number(1), _number(-1)
-        self.run = _operator("rotary", _first, _first)
+        self.run = operator("rotary", _first, _first)
 
     def forward(self, qkv, cos, sin):
         return self.run(qkv, cos, sin, self.heads, self.onward)
@@ -123,8 +123,8 @@ class Attention(nn.Cell):
             tokens, width = qkv
             return (tokens, width // (heads + 2 * kv_heads) * heads), (tokens * heads,)
 
-        self.run_forward = _operator("attention", forward_shape, _first_twice)
-        self.run_backward = _operator("attention_backward", _first, _first)
+        self.run_forward = operator("attention", forward_shape, _first_twice)
+        self.run_backward = operator("attention_backward", _first, _first)
 
     def forward(self, qkv, cos, sin, first_key):
         return self.run_forward(qkv, cos, sin, first_key, self.scale)
@@ -143,8 +143,8 @@ class BlockAttention(nn.Cell):
         def outputs(q, kv, first, last, o, lse, *_):
             return o, lse
 
-        self.run_forward = _operator("block_attention", outputs, _first_twice)
-        self.run_backward = _operator("block_attention_backward", _first_two, _first_two)
+        self.run_forward = operator("block_attention", outputs, _first_twice)
+        self.run_backward = operator("block_attention_backward", _first_two, _first_two)
 
     def forward(self, q, kv, first, last, o, lse):
         return self.run_forward(q, kv, first, last, o, lse, self.heads, self.scale)
@@ -162,8 +162,8 @@ class SwiGLU(nn.Cell):
         def half(gate_up):
             return gate_up[0], gate_up[1] // 2
 
-        self.run_forward = _operator("swiglu", half, _first)
-        self.run_backward = _operator("swiglu_backward", _first, _first)
+        self.run_forward = operator("swiglu", half, _first)
+        self.run_backward = operator("swiglu_backward", _first, _first)
 
     def forward(self, gate_up):
         return self.run_forward(gate_up)
@@ -181,8 +181,8 @@ class CrossEntropy(nn.Cell):
         def two_rows(_, labels):
             return labels, labels
 
-        self.run_forward = _operator("cross_entropy", two_rows, _first_twice)
-        self.run_backward = _operator("cross_entropy_backward", _first, _first)
+        self.run_forward = operator("cross_entropy", two_rows, _first_twice)
+        self.run_backward = operator("cross_entropy_backward", _first, _first)
 
     def forward(self, logits, labels):
         return self.run_forward(logits, labels)
@@ -200,8 +200,8 @@ class Embedding(nn.Cell):
         def rows(ids, table):
             return ids[0], table[1]
 
-        self.run_forward = _operator("embedding", rows, _second)
-        self.run_backward = _operator("embedding_backward", _third, _third)
+        self.run_forward = operator("embedding", rows, _second)
+        self.run_backward = operator("embedding_backward", _third, _third)
 
     def forward(self, ids, table):
         return self.run_forward(ids, table)
@@ -215,7 +215,7 @@ class SquareSum(nn.Cell):
 
     def __init__(self) -> None:
         super().__init__(auto_prefix=False)
-        self.run = _operator("square_sum", (1,), _first)
+        self.run = operator("square_sum", (1,), _first)
 
     def forward(self, gradients):
         return self.run(*gradients)
@@ -229,7 +229,7 @@ class AdamW(nn.Cell):
     def __init__(self, beta1: float, beta2: float, eps: float) -> None:
         super().__init__(auto_prefix=False)
         self.hyper = Tensor([beta1, beta2, eps], mstype.float64)
-        self.run = _operator("adamw", (1,), _second)
+        self.run = operator("adamw", (1,), _second)
 
     def forward(self, weights, first, second, gradients, decays, factor, lr, step):
         return self.run(self.hyper, decays, factor, lr, step, *weights, *first, *second, *gradients)

@@ -17,7 +17,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 from mindspore.ops import auto_generate
 
-from models.kernels import KERNELS, ascend, plain
+from models.kernels import KERNELS, ascend, plain, plain_experts
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
 BATCH, SEQ, HEADS, KV_HEADS, DIM = 2, 9, 4, 2, 16
@@ -111,6 +111,52 @@ def test_swiglu(monkeypatch, random):
     x, dy = tensor(random((5, 14))), tensor(random((5, 7)))
     for a, b in zip(both(ascend.SwiGLU(), x, dy), both(plain.SwiGLU(), x, dy), strict=True):
         close(a, b)
+
+
+def grouped(x, ends, begin=0):
+    """The rows of each group."""
+    for end in ends:
+        yield x[begin:end]
+        begin = end
+
+
+def grouped_matmul(_, inputs):
+    [x], [weight], ends = inputs["x"], inputs["weight"], inputs["group_list"].asnumpy()
+    assert x.dtype == weight.dtype == mstype.bfloat16 and inputs["group_list"].dtype == mstype.int64
+    assert (inputs["split_item"], inputs["group_type"], inputs["group_list_type"]) == (3, 0, 0)
+    assert weight.shape[:2] == (len(ends), x.shape[1]) and ends[-1] <= x.shape[0]
+    others = {"x", "weight", "group_list", "split_item", "group_type", "group_list_type", "act_type"}
+    assert all(value is None for name, value in inputs.items() if name not in others) and inputs["act_type"] == 0
+    y = np.full((x.shape[0], weight.shape[2]), np.nan)  # what is there before
+    y[: ends[-1]] = np.concatenate([a @ b for a, b in zip(grouped(array(x), ends), array(weight), strict=True)])
+    return [tensor(y, mstype.bfloat16)]
+
+
+def grouped_matmul_add(_, inputs):
+    x, weight, out, ends = inputs["x"], inputs["weight"], inputs["out"], inputs["group_list"].asnumpy()
+    assert x.dtype == weight.dtype == mstype.bfloat16 and inputs["group_list"].dtype == mstype.int64
+    assert out.dtype == mstype.float32 and out.shape == (len(ends) * x.shape[1], weight.shape[1])
+    pairs = zip(grouped(array(x), ends), grouped(array(weight), ends), strict=True)
+    return tensor(array(out) + np.concatenate([a.T @ b for a, b in pairs]))
+
+
+def test_grouped_matmul_in_one_call_each_way(monkeypatch, random):
+    calls = StandIn(monkeypatch, "GroupedMatmulV4", grouped_matmul).calls
+    more = StandIn(monkeypatch, "InplaceGroupedMatmulAdd", grouped_matmul_add).calls
+    ours, theirs = ascend.GroupedMatmul(), plain_experts.GroupedMatmul()
+    ends, rows, inner, outer = Tensor(np.array([3, 3, 8], np.int32)), 8, 6, 10
+    x, dy, w = (
+        tensor(random(shape), mstype.bfloat16) for shape in ((rows + 2, inner), (rows + 2, outer), (3 * outer, inner))
+    )
+    pairs = (
+        (ours.forward(x, w, ends), theirs.forward(tensor(array(x)), tensor(array(w)), ends)),
+        (ours.backward_input(dy, w, ends), theirs.backward_input(tensor(array(dy)), tensor(array(w)), ends)),
+    )
+    for a, b in pairs:
+        assert a.dtype == mstype.bfloat16
+        close(a[:rows], b[:rows], 1e-2)
+    close(ours.backward_weight(dy, x, ends), theirs.backward_weight(tensor(array(dy)), tensor(array(x)), ends))
+    assert (len(calls), len(more)) == (2, 1)
 
 
 def rotary(_, inputs):

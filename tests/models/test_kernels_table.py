@@ -11,7 +11,7 @@ from setuptools import Distribution
 
 from models import kernels
 from models.checks import ConfigError
-from models.kernels import NAMES, ascend, choose, native, plain
+from models.kernels import KERNELS, NAMES, ascend, choose, native, native_experts, plain, plain_experts
 
 BUILD = runpy.run_path(str(Path(kernels.__file__).parent / "build.py"))
 
@@ -23,7 +23,7 @@ def compiled(monkeypatch):
 
 def test_cpu_takes_the_compiled_kernels(compiled):
     chosen = choose("auto", "fp32", "CPU")
-    assert all(getattr(chosen, name) is getattr(native, name) for name in NAMES)
+    assert all(getattr(chosen, name) is KERNELS[name]["native"] for name in NAMES)
     assert chosen.describe() == "kernels: native"
 
 
@@ -33,9 +33,17 @@ def test_the_fp64_reference_updates_weights_in_plain_operators(compiled):
     assert chosen.describe() == "kernels: native; plain AdamW (the fp64 reference updates weights in plain operators)"
 
 
+def test_experts_are_plain_altogether_where_their_matmul_is(compiled, monkeypatch):
+    """Native operators leave rows unwritten that plain ones read."""
+    monkeypatch.setattr(native_experts, "missing_matmul", lambda: "no dnnl_sgemm")
+    chosen = choose("auto", "fp32", "CPU")
+    assert chosen.Rows is plain_experts.Rows and chosen.Routing is plain_experts.Routing
+    assert chosen.Attention is native.Attention and "no dnnl_sgemm; slower" in chosen.describe()
+
+
 def test_plain_can_be_asked_for(compiled):
     chosen = choose("plain", "fp32", "Ascend")
-    assert all(getattr(chosen, name) is getattr(plain, name) for name in NAMES)
+    assert all(getattr(chosen, name) is KERNELS[name]["plain"] for name in NAMES)
     assert chosen.describe() == "kernels: plain (train.kernels=plain)"
 
 

@@ -97,11 +97,12 @@ inline bool dtypes_fit(const char* name, const Call& call, const char* types, co
   return true;
 }
 
-// Runs body(float()) or body(double()), by the dtype of the first r of `types`.
+// Runs body(float()) or body(double()), by the dtype of the first r of `types`; float() where there is none.
 template <class Body>
 int dispatch(const char* name, const Call& call, const char* types, Body body) {
   try {
-    const char* real = call.dtypes[std::strchr(types, 'r') - types];
+    const char* first = std::strchr(types, 'r');
+    const char* real = first ? call.dtypes[first - types] : "float32";
     if (!dtypes_fit(name, call, types, real)) return 1;
     if (std::strcmp(real, "float32") == 0) {
       body(float());

@@ -1,0 +1,141 @@
+// Matrices of several experts on rows that are sorted by expert: rows [ends[e-1], ends[e]) belong to expert e, and rows
+// past the last end are neither read nor written.
+//
+// A task is a block of one expert's rows (or of its matrix's), so that results do not depend on the threads. Floats are
+// multiplied by the oneDNN that MindSpore has loaded, on the thread that calls it; doubles, the reference's, by loops.
+#include <dlfcn.h>
+
+#include <stdexcept>
+#include <vector>
+
+#include "operator.h"
+
+namespace busway {
+
+using Sgemm = int (*)(char, char, int64_t, int64_t, int64_t, float, const float*, int64_t, const float*, int64_t, float,
+                      float*, int64_t);
+
+inline Sgemm find_sgemm() {
+  void* library = dlopen("libdnnl.so.3", RTLD_NOW | RTLD_NOLOAD);
+  return library ? reinterpret_cast<Sgemm>(dlsym(library, "dnnl_sgemm")) : nullptr;
+}
+
+// c [m, n] = a b, row-major; a is [m, k], or [k, m] where `left` is 'T', and b alike.
+inline void multiply(char left, char right, int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b,
+                     int64_t ldb, float* c, int64_t ldc) {
+  static const Sgemm sgemm = find_sgemm();
+  if (!sgemm || sgemm(left, right, m, n, k, 1.0f, a, lda, b, ldb, 0.0f, c, ldc) != 0)
+    throw std::runtime_error("dnnl_sgemm of MindSpore's libdnnl.so.3 failed");
+}
+
+inline void multiply(char left, char right, int64_t m, int64_t n, int64_t k, const double* a, int64_t lda,
+                     const double* b, int64_t ldb, double* c, int64_t ldc) {
+  for (int64_t i = 0; i < m; ++i) {
+    double* __restrict to = c + i * ldc;
+    std::fill_n(to, n, 0.0);
+    if (right == 'T') {
+      for (int64_t j = 0; j < n; ++j) {
+        double total = 0;
+#pragma omp simd reduction(+ : total)
+        for (int64_t l = 0; l < k; ++l) total += a[i * lda + l] * b[j * ldb + l];
+        to[j] = total;
+      }
+    } else {
+      for (int64_t l = 0; l < k; ++l) {
+        const double factor = left == 'T' ? a[l * lda + i] : a[i * lda + l];
+        const double* __restrict from = b + l * ldb;
+        for (int64_t j = 0; j < n; ++j) to[j] += factor * from[j];
+      }
+    }
+  }
+}
+
+struct Task {
+  int64_t expert, begin, end;
+};
+
+inline int64_t begin_of(const int32_t* ends, int64_t expert) { return expert ? ends[expert - 1] : 0; }
+
+// Blocks of up to `size` rows, of every expert.
+inline std::vector<Task> row_tasks(const int32_t* ends, int64_t experts, int64_t size) {
+  std::vector<Task> tasks;
+  for (int64_t e = 0; e < experts; ++e)
+    for (int64_t begin = begin_of(ends, e); begin < ends[e]; begin += size)
+      tasks.push_back({e, begin, std::min<int64_t>(ends[e], begin + size)});
+  return tasks;
+}
+
+template <class Run>
+void run_tasks(const std::vector<Task>& tasks, Run run) {
+  bool failed = false;
+#pragma omp parallel for schedule(dynamic)
+  for (size_t i = 0; i < tasks.size(); ++i) {
+    try {
+      run(tasks[i]);
+    } catch (const std::exception&) {
+#pragma omp atomic write
+      failed = true;
+    }
+  }
+  if (failed) throw std::runtime_error("a matmul failed: MindSpore's libdnnl.so.3 gave no dnnl_sgemm");
+}
+
+constexpr int64_t kRows = 256;
+
+// x [R, I], w [E O, I], ends [E] int32 -> y [R, O], y = x w^T
+template <class Real>
+void grouped_matmul(const Call& call) {
+  const Real *x = call.tensor<Real>(0), *w = call.tensor<Real>(1);
+  const int32_t* ends = call.tensor<int32_t>(2);
+  Real* y = call.tensor<Real>(3);
+  const int64_t inner = call.dim(0, 1), experts = call.size(2), outer = call.dim(1, 0) / experts;
+  run_tasks(row_tasks(ends, experts, kRows), [&](const Task& task) {
+    multiply('N', 'T', task.end - task.begin, outer, inner, x + task.begin * inner, inner,
+             w + task.expert * outer * inner, inner, y + task.begin * outer, outer);
+  });
+}
+
+// dy [R, O], w [E O, I], ends [E] int32 -> dx [R, I] = dy w
+template <class Real>
+void grouped_matmul_input(const Call& call) {
+  const Real *dy = call.tensor<Real>(0), *w = call.tensor<Real>(1);
+  const int32_t* ends = call.tensor<int32_t>(2);
+  Real* dx = call.tensor<Real>(3);
+  const int64_t outer = call.dim(0, 1), inner = call.dim(1, 1), experts = call.size(2);
+  run_tasks(row_tasks(ends, experts, kRows), [&](const Task& task) {
+    multiply('N', 'N', task.end - task.begin, inner, outer, dy + task.begin * outer, outer,
+             w + task.expert * outer * inner, inner, dx + task.begin * inner, inner);
+  });
+}
+
+// dy [R, O], x [R, I], ends [E] int32 -> dw [E O, I] = dy^T x; 0 for an expert without rows
+template <class Real>
+void grouped_matmul_weight(const Call& call) {
+  const Real *dy = call.tensor<Real>(0), *x = call.tensor<Real>(1);
+  const int32_t* ends = call.tensor<int32_t>(2);
+  Real* dw = call.tensor<Real>(3);
+  const int64_t outer = call.dim(0, 1), inner = call.dim(1, 1), experts = call.size(2), size = 128;
+  std::vector<Task> tasks;
+  for (int64_t e = 0; e < experts; ++e)
+    for (int64_t begin = 0; begin < outer; begin += size) tasks.push_back({e, begin, std::min(outer, begin + size)});
+  run_tasks(tasks, [&](const Task& task) {
+    const int64_t first = begin_of(ends, task.expert), rows = ends[task.expert] - first, wide = task.end - task.begin;
+    Real* to = dw + (task.expert * outer + task.begin) * inner;
+    if (rows == 0) {
+      std::fill_n(to, wide * inner, Real(0));
+    } else {
+      multiply('T', 'N', wide, inner, rows, dy + first * outer + task.begin, outer, x + first * inner, inner, to, inner);
+    }
+  });
+}
+
+}  // namespace busway
+
+// Whether floats can be multiplied: "" or what is missing.
+extern "C" const char* busway_missing_sgemm() {
+  return busway::find_sgemm() ? "" : "no dnnl_sgemm in MindSpore's libdnnl.so.3";
+}
+
+BUSWAY_OPERATOR(busway_grouped_matmul, grouped_matmul, "rri")
+BUSWAY_OPERATOR(busway_grouped_matmul_input, grouped_matmul_input, "rri")
+BUSWAY_OPERATOR(busway_grouped_matmul_weight, grouped_matmul_weight, "rri")
