@@ -14,8 +14,8 @@ Everything but attention works on a rank's own tokens.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 from mindspore import Tensor, ops
@@ -69,8 +69,8 @@ class ContextAttention(Segment):
         self.shift = collectives.Shift(collectives.subgroup("cp", range(inside_place, layout.cp, self.inside)))
         self.sequences, self.documents = sequences, kernels.documents
         self.rotary = kernels.Rotary(heads.queries, heads.keys)
-        self.share = Heads(heads.queries // self.inside, max(1, heads.keys // self.inside), heads.width)
-        self.kernel = kernels.BlockAttention(self.share.queries, self.share.keys, 1.0 / math.sqrt(heads.width))
+        self.share = replace(heads, queries=heads.queries // self.inside, keys=max(1, heads.keys // self.inside))
+        self.kernel = kernels.BlockAttention(self.share.queries, self.share.keys, heads.scale)
         self.query_width, key_width = self.share.queries * heads.width, self.share.keys * heads.width
         self.share_width = self.query_width + 2 * key_width
         self.columns, self.copies = _shares(heads, self.inside), max(1, self.inside // heads.keys)
@@ -188,7 +188,7 @@ class ContextAttention(Segment):
 def contextual(segment: Segment, attention: Callable[[Heads], ContextAttention]) -> Segment:
     """`segment`, which may nest others, with attention over the ranks of cp."""
     if isinstance(segment, Chain):
-        return type(segment)([contextual(piece, attention) for piece in segment.segments])
+        return segment.rebuilt([contextual(piece, attention) for piece in segment.segments])
     return attention(segment.heads) if isinstance(segment, SelfAttention) else segment
 
 

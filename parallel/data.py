@@ -32,6 +32,8 @@ class Held(Weight):
     """Each rank of tp computes a part of the gradient."""
     tied: bool = False
     """The first and the last stage have it, each with a part of the gradient."""
+    axes: str = "loss"
+    """Ranks along these have the same of it, and read other tokens: ``loss``, or of an expert ``edp``."""
 
 
 class Bucketed(nn.Cell):
@@ -52,6 +54,41 @@ class Bucketed(nn.Cell):
         return results
 
 
+class Families(nn.Cell):
+    """Weights by the axes over which their gradients are summed: `places` of each in a list of weights."""
+
+    def __init__(self, weights: Sequence[Weight]) -> None:
+        super().__init__(auto_prefix=False)
+        axes = [axes_of(weight) for weight in weights]
+        self.axes = tuple(sorted(set(axes), key=("loss", "edp").index))
+        self.places = tuple(tuple(i for i, own in enumerate(axes) if own == kind) for kind in self.axes)
+
+    def chosen(self, family, tensors, places):
+        """Those of `tensors` that are of a family; `places` are those of their weights."""
+        chosen = ()
+        for k in _members(places, self.places[family]):
+            chosen = chosen + (tensors[k],)
+        return chosen
+
+    def in_order(self, tensors, places):
+        """Tensors of all families, one family after another, in the order of `places`."""
+        ordered = ()
+        for k in _order(places, self.places):
+            ordered = ordered + (tensors[k],)
+        return ordered
+
+
+@ops.constexpr
+def _members(places: tuple, family: tuple) -> tuple:
+    return tuple(k for k, place in enumerate(places) if place in family)
+
+
+@ops.constexpr
+def _order(places: tuple, families: tuple) -> tuple:
+    listed = [place for family in families for place in places if place in family]
+    return tuple(listed.index(place) for place in places)
+
+
 class DataParallel(nn.Cell):
     """What a step does with gradients between the backward pass and the optimizer, and with weights after it.
 
@@ -70,22 +107,29 @@ class DataParallel(nn.Cell):
         super().__init__(auto_prefix=False)
         self.weights = tuple(weights)
         self.all = tuple(range(len(self.weights)))
-        self.first = collectives.mesh.index("loss", collectives.rank) == 0
+        self.families = Families(self.weights)
+        mesh, rank = collectives.mesh, collectives.rank
+        self.first = {axes: mesh.index(axes, rank) == 0 for axes in self.families.axes}
         self.over_tp = collectives.AllReduce("tp")
         self.limit = collectives.mesh.layout.bucket_elements(np.dtype(dtype).itemsize)
-        self.over_tokens = Bucketed(collectives.AllReduce("loss"), self.limit)
+        self.over_tokens = collectives.AllReduce("loss")
+        self.over_axes = nn.CellList(
+            [Bucketed(collectives.AllReduce(axes), self.limit) for axes in self.families.axes], auto_prefix=False
+        )
+        self.over_experts = collectives.AllReduce(("ep", "etp"))
         self.over_stages = collectives.AllReduce("pp")
         self.over_model = collectives.AllReduce(("pp", "tp"))
         self.summed = tuple(i for i, weight in enumerate(weights) if getattr(weight, "summed", False))
         self.tied = tuple(i for i, weight in enumerate(weights) if getattr(weight, "tied", False))
-        ends = (0, collectives.mesh.size("pp") - 1)
+        ends = (0, mesh.size("pp") - 1)
         self.over_ends = collectives.AllReduce(collectives.subgroup("pp", ends)) if self.tied else None
         # Ranks of tp have the same losses and counts, and one of them counts; each has its own wish to stop.
-        counts = collectives.mesh.index("tp", collectives.rank) == 0
+        counts = mesh.index("tp", rank) == 0
         self.nothing = Tensor(np.zeros(1, dtype))
         self.counted = Tensor(np.array([counts, counts, 1], dtype))
+        self.once = Tensor(np.array([counts], dtype))
         self.square_sum = kernels.SquareSum()
-        self.copies = self._copies()
+        self.copies = tuple(self._copies(family) for family in self.families.places)
 
     def collect(self, gradients, places):
         """What is added up over micro-batches of one micro-batch's gradients: here they themselves.
@@ -99,12 +143,20 @@ class DataParallel(nn.Cell):
 
         sums: [loss sum, valid tokens, wishes to stop]; gradients: a tensor a weight, as the optimizer takes them.
         """
-        reduced = self.over_tokens.forward(collected + (sums,))
-        return reduced[-1], self.complete(reduced[:-1])
+        reduced = ()
+        for i in range(len(self.over_axes)):
+            chosen = self.families.chosen(i, collected, self.all)
+            if i == 0:
+                chosen = self.over_axes[i].forward(chosen + (sums,))
+                sums, chosen = chosen[-1], chosen[:-1]
+            else:
+                chosen = self.over_axes[i].forward(chosen)
+            reduced = reduced + chosen
+        return sums, self.complete(self.families.in_order(reduced, self.all))
 
     def evaluation(self, sums):
         """[loss sum, valid tokens] over all tokens, of a pass without gradients."""
-        return self.over_stages.forward(self.over_tokens.forward((sums,))[0])
+        return self.over_stages.forward(self.over_tokens.forward(sums))
 
     def complete(self, gradients):
         """The gradients with those summed of which the ranks of one replica of the model have parts."""
@@ -116,12 +168,15 @@ class DataParallel(nn.Cell):
 
     def total(self, sums, gradients):
         """`sums` over all stages, and the square sum [1] of the whole model's gradients."""
-        return self.over_model.forward((sums * self.counted, self.squares(gradients)))
+        square = self.squares(0, gradients)
+        if len(self.copies) > 1:
+            square = square + self.over_experts.forward(self.squares(1, gradients)) * self.once
+        return self.over_model.forward((sums * self.counted, square))
 
-    def squares(self, gradients):
-        """The square sum [1] of this rank's gradients, an element that several ranks hold counted once among them."""
+    def squares(self, family, gradients):
+        """The square sum [1] of this rank's gradients of a family. What several ranks hold counts once among them."""
         square = self.nothing
-        for copies, pieces in self.copies:
+        for copies, pieces in self.copies[family]:
             chosen = ()
             for i, start, stop in pieces:
                 whole = start == 0 and stop == gradients[i].size
@@ -149,17 +204,19 @@ class DataParallel(nn.Cell):
     def weight_entries(self, weight: Weight, value: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
         """What this rank writes of a weight into a checkpoint, (key, values): what it holds first of all ranks."""
         for (part, rows), first in zip(weight.split(value), firsts(weight), strict=True):
-            if first and self.first:
+            if first and self.first[axes_of(weight)]:
                 yield part.key, rows
 
     def entries(self, weight: Weight, value: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
         """The same of a tensor of the optimizer."""
         return self.weight_entries(weight, value)
 
-    def _copies(self) -> tuple[tuple[int, tuple[tuple[int, int, int], ...]], ...]:
+    def _copies(self, family: Sequence[int]) -> tuple[tuple[int, tuple[tuple[int, int, int], ...]], ...]:
         """How many ranks hold an element -> (weight, start, stop) of the runs of such elements in the gradients."""
         runs: dict[int, list[tuple[int, int, int]]] = {}
         for i, weight in enumerate(self.weights):
+            if i not in family or weight.update != "adamw":
+                continue
             first, last = self.span(weight)
             end = 0
             for part, copies in zip(weight.parts, getattr(weight, "replicas", (1,) * len(weight.parts)), strict=True):
@@ -172,6 +229,11 @@ class DataParallel(nn.Cell):
                     start = same.pop()[1]
                 same.append((i, start, stop))
         return tuple((copies, tuple(pieces)) for copies, pieces in sorted(runs.items()))
+
+
+def axes_of(weight: Weight) -> str:
+    """The axes along which ranks have the same of a weight and read other tokens."""
+    return weight.axes if isinstance(weight, Held) else "loss"
 
 
 def firsts(weight: Weight) -> tuple[bool, ...]:

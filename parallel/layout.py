@@ -9,8 +9,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from models.checks import check, check_at_least, check_choice
-from models.config import ModelConfig, nearest_divisor
+from models.checks import check, check_at_least, check_choice, nearest_divisor
+from models.config import ModelConfig
 from parallel import schedules
 
 ORDER = ("tp", "cp", "dp", "pp")
@@ -62,6 +62,10 @@ class Layout:
     """Ranks over which the experts of a layer are spread."""
     etp: int = 1
     """Ranks that share every matrix of one expert."""
+    dispatch: str = "auto"
+    """How copies of tokens get to their experts: `flat`, `two_level`, or what the machine asks for (`auto`)."""
+    outer_groups: int | None = None
+    """Groups that a token goes to once each in two-level dispatch; None: those that the machine makes, or two."""
     sequence_parallel: bool = False
     """Ranks of tp share the tokens of the stream between blocks."""
     micro_batch: int = 1
@@ -84,6 +88,7 @@ class Layout:
             )
             object.__setattr__(self, "recompute", tuple(self.recompute))
         check_choice("layout.cp_method", self.cp_method, ("ring", "ulysses", "hybrid"))
+        check_choice("layout.dispatch", self.dispatch, ("auto", "flat", "two_level"))
         if self.schedule in schedules.V_SHAPED and self.vpp == 1:
             object.__setattr__(self, "vpp", 2)
         for axis in ("dp", "cp", "tp", "pp", "vpp", "cp_ulysses", "ep", "etp", "micro_batch"):
@@ -110,6 +115,18 @@ class Layout:
             f"must divide dp {self.dp} x cp {self.cp} x tp {self.tp} = {stage}",
             self._expert_remedy(stage),
         )
+
+        if self.outer_groups is not None:
+            self._check_outer_groups(self.outer_groups)
+
+    def _check_outer_groups(self, outer: int) -> None:
+        given, remedy = f"layout.outer_groups {outer}", "leave it out"
+        check(self.dispatch != "flat", given, "must be left out with layout.dispatch=flat", remedy)
+        if self.ep > 1:
+            nearest = nearest_divisor(self.ep, outer, lambda count: count > 1)
+            remedy = f"set layout.outer_groups={nearest} (the nearest)"
+        rule = f"must be above 1 and divide layout.ep {self.ep}"
+        check(outer > 1 and self.ep % outer == 0, given, rule, remedy)
 
     def _expert_remedy(self, stage: int) -> str:
         for axis, other in (("ep", self.etp), ("etp", self.ep)):
@@ -165,17 +182,21 @@ class Layout:
 
     def check_model(self, config: ModelConfig, seq_len: int) -> None:
         """Raise `ConfigError` unless every axis divides what it cuts of a model and of sequences of `seq_len`."""
-        tp, common = f"layout.tp {self.tp}", math.gcd(config.heads, config.ffn, config.vocab)
+        sizes = {"heads": config.heads, "ffn": config.ffn, "vocab": config.vocab}
+        if config.moe.experts and config.moe.shared:
+            sizes["moe.shared x ffn"] = config.moe.shared * config.moe.ffn
+        keys = config.heads if config.latent.kv_rank else config.kv_heads
+        tp, common = f"layout.tp {self.tp}", math.gcd(*sizes.values())
         tokens = self.micro_batch * seq_len // self.cp  # before they are cut
+        cuts_tokens = self.sequence_parallel or config.moe.experts > 0
 
         def legal(size: int) -> bool:
-            return _cuts_keys(size, config.kv_heads) and not (self.sequence_parallel and tokens % size)
+            return _cuts_keys(size, keys) and not (cuts_tokens and tokens % size)
 
         remedy = f"set layout.tp={nearest_divisor(common, self.tp, legal)} (the nearest)"
-        for name, size in (("heads", config.heads), ("ffn", config.ffn), ("vocab", config.vocab)):
+        for name, size in sizes.items():
             check(size % self.tp == 0, tp, f"must divide model.{name} {size}", remedy)
-        rule = f"must divide model.kv_heads {config.kv_heads} or be a multiple of it"
-        check(_cuts_keys(self.tp, config.kv_heads), tp, rule, remedy)
+        check(_cuts_keys(self.tp, keys), tp, f"must divide model.kv_heads {keys} or be a multiple of it", remedy)
         if not isinstance(self.recompute, str):
             for layer in self.recompute:
                 check(
@@ -185,15 +206,25 @@ class Layout:
                     "change the list, or set layout.recompute=selective or full",
                 )
         if self.cp > 1:
-            self._check_context(config, seq_len)
+            self._check_context(config, keys, seq_len)
         if self.pp > 1:
             self._check_stages(config.layers)
         if self.tp > 1 and self.sequence_parallel:
             rule = f"must divide the {tokens} tokens of a micro-batch with layout.sequence_parallel"
             check(tokens % self.tp == 0, tp, rule, f"{remedy}, or layout.sequence_parallel=false")
+        if not config.moe.experts:
+            given, rule = f"layout.ep {self.ep} x layout.etp {self.etp}", "must be 1, as the model has no experts"
+            check(self.ep * self.etp == 1, given, rule, "set layout.ep=1 and layout.etp=1, or model.moe.experts")
+        else:
+            check(tokens % self.tp == 0, tp, f"must divide the {tokens} tokens of a micro-batch with experts", remedy)
+            for axis, name, size in (("ep", "experts", config.moe.experts), ("etp", "ffn", config.moe.ffn)):
+                own = getattr(self, axis)
+                best = nearest_divisor(math.gcd(size, self.dp * self.cp * self.tp), own)
+                rule = f"must divide model.moe.{name} {size}"
+                check(size % own == 0, f"layout.{axis} {own}", rule, f"set layout.{axis}={best} (the nearest)")
 
-    def _check_context(self, config: ModelConfig, seq_len: int) -> None:
-        inside, heads, keys = self.ulysses, config.heads // self.tp, max(1, config.kv_heads // self.tp)
+    def _check_context(self, config: ModelConfig, keys: int, seq_len: int) -> None:
+        inside, heads, keys = self.ulysses, config.heads // self.tp, max(1, keys // self.tp)
         name, whole = ("layout.cp_ulysses", self.cp) if self.cp_method == "hybrid" else ("layout.cp", seq_len)
         best = nearest_divisor(math.gcd(heads, whole), inside, lambda size: _cuts_keys(size, keys))
         remedy = f"set {name}={best} (the nearest)"

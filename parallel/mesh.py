@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from models.checks import nearest_divisor
 from parallel.layout import Layout
 from parallel.topology import Level, Topology
 
@@ -122,6 +123,37 @@ class Mesh:
         positions = [self.placement[rank] for rank in group]  # a level holds all positions between two that it holds
         return self.topology.level_of(min(positions), max(positions))
 
+    def dispatch(self) -> tuple[int, str]:
+        """(outer groups, why) of the dispatch to experts: one outer group is flat dispatch."""
+        layout = self.layout
+        if layout.ep == 1:
+            return 1, ""
+        blocks = self._blocks()
+        if layout.dispatch == "flat":
+            return 1, "flat dispatch, as asked"
+        if layout.dispatch == "two_level":
+            split = blocks if blocks > 1 else nearest_divisor(layout.ep, 2, lambda count: count > 1)
+            return layout.outer_groups or split, "two-level, as asked"
+        if blocks > 1:
+            return layout.outer_groups or blocks, f"two-level: {blocks} blocks of ep are joined by a slower network"
+        return 1, "flat dispatch: no slower network inside ep"
+
+    def _blocks(self) -> int:
+        """Blocks of equal size, joined by another and slower plane than the ranks inside, in which each group of
+        experts lies; 1 where there are none."""
+        counts = set()
+        for group in self.groups(("ep", "etp")):
+            positions = [self.placement[rank] for rank in group]
+            outermost = self.topology.level_of(min(positions), max(positions))
+            inner = [level for level in self.topology.levels[: outermost.index] if level.plane != outermost.plane]
+            if not inner or not _slower(outermost, inner[-1]):
+                return 1
+            blocks = [position // inner[-1].ranks for position in positions]
+            sizes = {blocks.count(block) for block in blocks}
+            counts.add(len(set(blocks)) if len(sizes) == 1 and blocks == sorted(blocks) else 1)
+        (count,) = counts if len(counts) == 1 else (1,)
+        return count if self.layout.ep % count == 0 else 1
+
     def describe(self) -> str:
         """One line for the banner: the product identity, the machine and what each axis spans there."""
         noun = "rank" if self.world_size == 1 else "ranks"
@@ -136,9 +168,17 @@ class Mesh:
                 parts.append(f"{axis} in one {widest.name}")
         if techniques := self.layout.techniques():
             parts.append(techniques)
+        if self.layout.ep > 1:
+            outer, why = self.dispatch()
+            parts.append(f"{why} ({outer} outer groups)" if outer > 1 else why)
         return "; ".join(parts)
 
     def _checked(self, rank: int) -> int:
         if not 0 <= rank < self.world_size:
             raise ValueError(f"rank {rank} is outside the world of {self.world_size} ranks")
         return rank
+
+
+def _slower(outer: Level, inner: Level) -> bool:
+    """Whether ranks talk slower through one level than inside another, as far as it is known."""
+    return outer.bandwidth is not None and inner.bandwidth is not None and 2 * outer.bandwidth <= inner.bandwidth

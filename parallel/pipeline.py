@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
-from models.decoder import Decoder
-from models.segments import Segment
+from models.segments import Segment, Shared
 from parallel.collectives import Collectives
 from parallel.collectives.channel import Arrival
 from parallel.data import DataParallel
@@ -101,7 +100,7 @@ class Stage:
     """One virtual stage of this rank: its graphs, and what its micro-batches in flight have saved."""
 
     def __init__(
-        self, decoder: Decoder, values: tuple[Parameter, ...], sums: Sums, tables: tuple[Tensor, Tensor]
+        self, decoder: Shared, values: tuple[Parameter, ...], sums: Sums, tables: tuple[Tensor, Tensor]
     ) -> None:
         self.forward_graph = ForwardGraph(decoder, values, tables)
         self.backward_graph = BackwardGraph(self.forward_graph, sums)

@@ -16,8 +16,7 @@ from typing import Any
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.ops import Primitive
 
-from models.decoder import Decoder
-from models.segments import Segment
+from models.segments import Segment, Shared
 from models.weights import Weight
 from parallel.zero import Pieces, Zero
 
@@ -117,7 +116,7 @@ class Shards:
 class ShardedStage:
     """A stage of pieces, in the place of `parallel.pipeline.Stage`."""
 
-    def __init__(self, decoder: Decoder, shards: Shards) -> None:
+    def __init__(self, decoder: Shared, shards: Shards) -> None:
         self.shards = shards
         self.graphs = [shards.graphs_of(segment) for segment in decoder.segments]
         self.places = [[shards.places[weight.name] for weight in segment.weights] for segment in decoder.segments]
@@ -180,7 +179,7 @@ def fingerprint(part: Any) -> Any:
     if isinstance(part, Weight):
         return part.shape
     if is_dataclass(part):
-        return astuple(part)
+        return fingerprint(astuple(part))
     if isinstance(part, Tensor):
         return part.shape, str(part.dtype), part.asnumpy().tobytes()
     if isinstance(part, Primitive):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 from mindspore import ops
 
@@ -20,9 +21,11 @@ from models.attention import HeadNorm, Heads, SelfAttention
 from models.config import ModelConfig
 from models.decoder import STYLES
 from models.kernels import Kernels
+from models.latent import LatentAttention, SharedKey
 from models.layers import Embedding, Linear, Norm, Rounding
 from models.loss import CrossEntropySum
-from models.segments import Chain, Segment
+from models.prediction import Prediction
+from models.segments import Branches, Chain, Segment
 from models.weights import Part, Weight
 from parallel.collectives import Collectives
 from parallel.data import Held
@@ -103,6 +106,22 @@ class GatheredLinear(Linear):
         return super().backward_weight((dy, self.gather.forward(self.rounding.operand(x))))
 
 
+class GatheredKey(Segment):
+    """What heads on all ranks share, on a stream that is cut by tokens: x_(T/P)I to x_TI."""
+
+    def __init__(self, collectives: Collectives) -> None:
+        super().__init__()
+        self.gather = collectives.AllGather("tp")
+
+    def forward(self, x, weights, context):
+        """All tokens'."""
+        return self.gather.forward(x), ()
+
+    def backward_input(self, dy, saved, weights, context):
+        """The sum of the ranks' gradients, cut by tokens."""
+        return self.gather.backward(dy), ()
+
+
 class SharedRows(Segment):
     """A linear whose rows from `first` on are also held by other ranks: keys and values, with fewer heads than ranks.
 
@@ -139,8 +158,8 @@ class SharedRows(Segment):
 class VocabularyCrossEntropy(CrossEntropySum):
     """Token cross-entropy over logits_T(V/P): the ranks exchange a log-sum-exp and a target a token, never logits."""
 
-    def __init__(self, kernels: Kernels, first: int, collectives: Collectives) -> None:
-        super().__init__(kernels)
+    def __init__(self, kernels: Kernels, whole: CrossEntropySum, first: int, collectives: Collectives) -> None:
+        super().__init__(kernels, whole.ahead, whole.coef)
         self.first = first
         self.gather = collectives.AllGather("tp")
         self.largest = ops.ReduceMax()
@@ -173,12 +192,20 @@ class TensorParallel:
 
     def _pieces(self, segment: Segment) -> list[Segment]:
         kernels, weights = self.kernels, segment.weights
+        if isinstance(segment, Branches | LatentAttention):
+            return [segment.rebuilt([self.apply(child) for child in segment.segments])]
+        if isinstance(segment, Prediction):
+            pieces = [piece for child in segment.segments for piece in self._pieces(child)]
+            return [segment.rebuilt(pieces, *self._whole([segment.tally], summed=False))]
         if isinstance(segment, Chain):
-            return [type(segment)([piece for child in segment.segments for piece in self._pieces(child)])]
+            return [segment.rebuilt([piece for child in segment.segments for piece in self._pieces(child)])]
         if isinstance(segment, Linear):
-            return self._column(segment) if STYLES[_role(weights[0])] == "column" else self._row(segment)
+            style = {"column": self._column, "row": self._row, "whole": self._everywhere}
+            return style[STYLES[_role(weights[0])]](segment)
+        if isinstance(segment, SharedKey):
+            return [GatheredKey(self.collectives) if self.sequence else Enter(self.collectives)]
         if isinstance(segment, Embedding):
-            return [Embedding(self._cut(weights, 0), kernels), self._leave("none")]
+            return [segment.rebuilt(self._cut(weights, 0), kernels), self._leave("none")]
         if isinstance(segment, Norm):
             return [Norm(self._whole(weights, summed=self.sequence), segment.eps, kernels)]
         if isinstance(segment, HeadNorm):
@@ -187,7 +214,7 @@ class TensorParallel:
         if isinstance(segment, SelfAttention):
             return [SelfAttention(self._heads(segment.heads), kernels)]
         if isinstance(segment, CrossEntropySum):
-            return [VocabularyCrossEntropy(kernels, self.index * self.entries, self.collectives)]
+            return [VocabularyCrossEntropy(kernels, segment, self.index * self.entries, self.collectives)]
         return [segment]
 
     def _column(self, linear: Linear) -> list[Segment]:
@@ -208,11 +235,14 @@ class TensorParallel:
         kind = linear.rounding.kind
         return [Linear(self._cut(linear.weights, 1), kind), self._leave(kind)]
 
+    def _everywhere(self, linear: Linear) -> list[Segment]:
+        return [Linear(self._whole(linear.weights, summed=self.sequence), linear.rounding.kind)]
+
     def _leave(self, rounding: str) -> Segment:
         return Scatter(self.collectives, rounding) if self.sequence else Leave(self.collectives)
 
     def _heads(self, heads: Heads) -> Heads:
-        return Heads(heads.queries // self.size, max(1, heads.keys // self.size), heads.width)
+        return replace(heads, queries=heads.queries // self.size, keys=max(1, heads.keys // self.size))
 
     def _whole(self, weights: Sequence[Weight], summed: bool) -> list[Held]:
         count = [len(weight.parts) for weight in weights]

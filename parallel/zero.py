@@ -10,7 +10,8 @@ HSDP (Zhao et al., arXiv 2304.11277).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -19,22 +20,59 @@ from mindspore import Tensor, nn, ops
 from models.kernels import Kernels
 from models.weights import Weight
 from parallel.collectives import Collectives, Group
-from parallel.data import Bucketed, DataParallel, firsts
+from parallel.data import Bucketed, DataParallel, Families, axes_of, firsts
+from parallel.memory import shard_counts
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The ranks that cut one family of weights among them."""
+
+    group: Group
+    copies: Group
+    """Those that have the same pieces, one of each shard group."""
+    copy: int
+    """Number of this rank's shard group."""
+
+    @property
+    def size(self) -> int:
+        """Pieces of a weight."""
+        return len(self.group.ranks)
+
+    @property
+    def index(self) -> int:
+        """Which of them this rank has."""
+        return self.group.place
+
+
+def cut_over(axes: str, collectives: Collectives) -> Cut:
+    """Along `axes`, in groups of `layout.zero_group` ranks; of experts, as many of these as divide their copies."""
+    mesh, rank = collectives.mesh, collectives.rank
+    ranks, size = mesh.group(axes, rank), shard_counts(mesh.layout)[axes == "edp"]
+    copy, index = divmod(ranks.index(rank), size)
+    group = collectives.subgroup(axes, range(copy * size, (copy + 1) * size))
+    return Cut(group, collectives.subgroup(axes, range(index, len(ranks), size)), copy)
 
 
 class Pieces(nn.Cell):
-    """Weights laid out flat and cut over a group: `scatter` to this rank's pieces, `gather` to whole weights."""
+    """Weights laid out flat and cut over their shard groups: `scatter` to this rank's pieces, `gather` to whole
+    weights."""
 
     def __init__(
-        self, weights: Sequence[Weight], group: Group, collectives: Collectives, dtype: type, limit: int = 0
-    ) -> None:
+        self, weights: Sequence[Weight], cuts: Mapping[str, Cut], collectives: Collectives, dtype: type,
+        limit: int = 0,
+    ) -> None:  # fmt: skip
         super().__init__(auto_prefix=False)
-        size = len(group.ranks)
+        self.families = Families(weights)
         self.shapes = tuple(weight.shape for weight in weights)
         self.sizes = tuple(weight.size for weight in weights)
-        self.padding = tuple(Tensor(np.zeros(padded(n, size) - n, dtype)) if n % size else None for n in self.sizes)
-        self.scatters = Bucketed(collectives.ReduceScatter(group), limit)
-        self.gathers = Bucketed(collectives.AllGather(group), limit)
+        counts = [cuts[axes_of(weight)].size for weight in weights]
+        missing = [padded(n, count) - n for n, count in zip(self.sizes, counts, strict=True)]
+        self.padding = tuple(Tensor(np.zeros(n, dtype)) if n else None for n in missing)
+        groups = [cuts[axes].group for axes in self.families.axes]
+        self.scatters = nn.CellList([Bucketed(collectives.ReduceScatter(g), limit) for g in groups], auto_prefix=False)
+        self.gathers = nn.CellList([Bucketed(collectives.AllGather(g), limit) for g in groups], auto_prefix=False)
+        self.all = tuple(range(len(weights)))
 
     def scatter(self, tensors, places):
         """Sums over the group, and takes the rank's piece [n / ranks] of each; `places` are those of the weights."""
@@ -42,11 +80,17 @@ class Pieces(nn.Cell):
         for k, i in enumerate(places):
             tensor = tensors[k].reshape((-1,))
             flat = flat + (tensor if self.padding[i] is None else ops.concat((tensor, self.padding[i])),)
-        return self.scatters.forward(flat)
+        pieces = ()
+        for family, scatter in enumerate(self.scatters):
+            pieces = pieces + scatter.forward(self.families.chosen(family, flat, places))
+        return self.families.in_order(pieces, places)
 
     def gather(self, pieces):
         """The whole tensors of which each rank has a piece."""
-        flat = self.gathers.forward(pieces)
+        flat = ()
+        for family, gather in enumerate(self.gathers):
+            flat = flat + gather.forward(self.families.chosen(family, pieces, self.all))
+        flat = self.families.in_order(flat, self.all)
         tensors = ()
         for i in range(len(pieces)):
             tensor = flat[i] if self.padding[i] is None else flat[i][: self.sizes[i]]
@@ -60,21 +104,17 @@ class Zero(DataParallel):
     def __init__(
         self, weights: Sequence[Weight], collectives: Collectives, kernels: Kernels, dtype: type = np.float32
     ) -> None:
-        mesh, rank = collectives.mesh, collectives.rank
-        ranks = mesh.group("loss", rank)
-        self.stage = mesh.layout.zero
+        self.stage = collectives.mesh.layout.zero
         self.publishes, self.gathers = self.stage < 3, self.stage == 3
-        self.size = mesh.layout.zero_group or len(ranks)
-        place = ranks.index(rank)
-        self.copy, self.index = divmod(place, self.size)
-        first = self.copy * self.size
+        self.cuts = {axes: cut_over(axes, collectives) for axes in sorted({axes_of(w) for w in weights})}
         super().__init__(weights, collectives, kernels, dtype)
-        group = collectives.subgroup("loss", range(first, first + self.size))
-        self.over_pieces = collectives.AllReduce(group)
-        self.make_pieces = partial(Pieces, group=group, collectives=collectives, dtype=dtype)
+        self.make_pieces = partial(Pieces, cuts=self.cuts, collectives=collectives, dtype=dtype)
         self.pieces = self.make_pieces(weights, limit=self.limit)
-        copies = collectives.subgroup("loss", range(self.index, len(ranks), self.size))
-        self.over_copies = Bucketed(collectives.AllReduce(copies), self.limit)
+        families = [self.cuts[axes] for axes in self.families.axes]
+        self.over_pieces = nn.CellList([collectives.AllReduce(f.group) for f in families], auto_prefix=False)
+        self.over_copies = nn.CellList(
+            [Bucketed(collectives.AllReduce(f.copies), self.limit) for f in families], auto_prefix=False
+        )
 
     def collect(self, gradients, places):
         """The rank's pieces, in stage 2; stage 3 has them already."""
@@ -83,11 +123,14 @@ class Zero(DataParallel):
     def reduce(self, sums, collected):
         """The same for pieces; the loss sums go alone."""
         pieces = self.pieces.scatter(collected, self.all) if self.stage == 1 else collected
-        return self.over_tokens.forward((sums,))[0], self.complete(self.over_copies.forward(pieces))
+        reduced = ()
+        for family, over in enumerate(self.over_copies):
+            reduced = reduced + over.forward(self.families.chosen(family, pieces, self.all))
+        return self.over_tokens.forward(sums), self.complete(self.families.in_order(reduced, self.all))
 
-    def squares(self, gradients):
+    def squares(self, family, gradients):
         """Over the pieces of the shard group."""
-        return self.over_pieces.forward(super().squares(gradients))
+        return self.over_pieces[family].forward(super().squares(family, gradients))
 
     def publish(self, masters, values):
         """Gathers the optimizer's pieces into the weights; a tensor that is there once that is done.
@@ -103,8 +146,8 @@ class Zero(DataParallel):
 
     def span(self, weight: Weight) -> tuple[int, int]:
         """The rank's piece, less its padding."""
-        (piece,) = self.shape(weight)
-        return min(self.index * piece, weight.size), min((self.index + 1) * piece, weight.size)
+        (piece,), index = self.shape(weight), self.cuts[axes_of(weight)].index
+        return min(index * piece, weight.size), min((index + 1) * piece, weight.size)
 
     def collected(self, weight: Weight) -> tuple[int, ...]:
         """A piece from stage 2 on."""
@@ -121,12 +164,13 @@ class Zero(DataParallel):
         for part, own in zip(weight.parts, firsts(weight), strict=True):
             begin, end = end, end + part.size
             start, stop = max(begin, first), min(end, last)
-            if start < stop and own and self.copy == 0:
+            if start < stop and own and self.cuts[axes_of(weight)].copy == 0:
                 yield f"{part.key}@{start - begin}:{stop - begin}", value[start - first : stop - first]
 
     def shape(self, weight: Weight) -> tuple[int, ...]:
         """A piece with its padding."""
-        return (padded(weight.size, self.size) // self.size,)
+        count = self.cuts[axes_of(weight)].size
+        return (padded(weight.size, count) // count,)
 
     def cut(self, weight: Weight, value: np.ndarray) -> np.ndarray:
         """The rank's piece with its padding."""

@@ -23,13 +23,13 @@ import mindspore
 from mindspore import nn
 
 from parallel.collectives.channel import Channel
-from parallel.collectives.interface import Backend, Collective, Group, Operator, Pairs, World
-from parallel.collectives.primitives import Checked, Identity, Primitive, Zeros
+from parallel.collectives.interface import Backend, Collective, ExchangeOperator, Group, Operator, Pairs, Room, World
+from parallel.collectives.primitives import Checked, Exchange, Identity, Primitive, Zeros
 from parallel.mesh import Axes, Mesh
 from parallel.trace import COLLECTIVES, Recorder, Span
 from parallel.traffic import Traffic
 
-__all__ = ["Channel", "Collectives", "Group", "Primitive", "World", "connect"]
+__all__ = ["Channel", "Collectives", "Exchange", "Group", "Primitive", "Room", "World", "connect"]
 
 
 class Collectives:
@@ -41,6 +41,7 @@ class Collectives:
         self.world = backend.world
         self._backend = backend
         self._operators: dict[Collective, Operator] = {}
+        self._exchanges: dict[tuple[Group, Room], ExchangeOperator] = {}
         self._channels: list[Channel] = []
         self.recorder = Recorder()
 
@@ -95,6 +96,14 @@ class Collectives:
         total = self._over(group, "all_reduce")
         return Primitive(group, self._over(group, "broadcast", root), total if group.place == root else Zeros(total))
 
+    def Exchange(self, axes: Axes | Group, room: Room) -> Exchange:
+        """Rows to each rank of `axes`, of at least two, in numbers that are known when the graph runs."""
+        group = self.group(axes)
+        for way in (room, Room(room.over, room.times)):
+            if (group, way) not in self._exchanges:
+                self._exchanges[group, way] = self._backend.exchange(group, way)
+        return Exchange(group, self._exchanges[group, room], self._exchanges[group, Room(room.over, room.times)])
+
     def Channel(self, axes: Axes | Group, name: str, pairs: Pairs) -> Channel:
         """A channel over `axes`, of at least two ranks. `name` is unlike those of others over these axes."""
         group = self.group(axes)
@@ -121,6 +130,13 @@ class Collectives:
             for dtype, (payload, calls) in zip(self._backend.dtypes, operator.counts().tolist(), strict=True):
                 if calls:
                     account.add(self.mesh, self.rank, group.axes, name, dtype, payload, calls, peer, group.ranks)
+        for (group, _), operator in self._exchanges.items():
+            for dtype, (_, calls), sent in zip(self._backend.dtypes, operator.counts(), operator.sent(), strict=True):
+                if calls:
+                    to = {place: size for place, size in enumerate(sent.tolist()) if place != group.place}
+                    payload = int(sent.sum())
+                    where = {"ranks": group.ranks, "sent": to}
+                    account.add(self.mesh, self.rank, group.axes, "all_to_all_v", dtype, payload, int(calls), **where)
         for channel in self._channels:
             group, counts = channel.group, channel.counts
             for peer, dtype in sorted({key[:2] for key in counts}):
@@ -131,7 +147,7 @@ class Collectives:
 
     def reset_traffic(self) -> None:
         """Start the account from zero. A whole number of steps later, `traffic` is that many steps' account."""
-        for operator in self._operators.values():
+        for operator in self._all():
             operator.reset()
         for channel in self._channels:
             channel.counts.clear()
@@ -144,17 +160,22 @@ class Collectives:
     def record(self, on: bool) -> None:
         """Take times from now on, or no more: of what the host does and, where `timed`, of collectives in graphs."""
         self.recorder.on = on
-        for operator in self._operators.values() if self.timed else ():
+        for operator in self._all() if self.timed else ():
             operator.record(on)
+
+    def _all(self) -> list[Operator]:
+        return [*self._operators.values(), *self._exchanges.values()]
 
     def spans(self) -> list[Span]:
         """What was recorded since the last call."""
         spans, self.recorder.spans = self.recorder.spans, []
-        for collective, operator in self._operators.items() if self.timed else ():
-            axis = self.mesh.label(collective.group.axes)
+        named = [(collective.group, collective.name, operator) for collective, operator in self._operators.items()]
+        named += [(group, "all_to_all_v", operator) for (group, _), operator in self._exchanges.items()]
+        for group, name, operator in named if self.timed else ():
+            axis = self.mesh.label(group.axes)
             for start, end, payload, dtype in operator.events():
-                details = {"axis": axis, "collective": collective.name, "bytes": payload, "dtype": dtype}
-                spans.append(Span(COLLECTIVES, f"{collective.name} {axis}", start, end, details))
+                details = {"axis": axis, "collective": name, "bytes": payload, "dtype": dtype}
+                spans.append(Span(COLLECTIVES, f"{name} {axis}", start, end, details))
         return spans
 
     def describe(self) -> str:

@@ -17,7 +17,7 @@ import mindspore
 import numpy as np
 from mindspore import Parameter, Tensor, mint, nn, ops
 
-from parallel.collectives.interface import Collective, Group, Operator, Pairs
+from parallel.collectives.interface import Collective, Group, Operator, Pairs, Room
 from parallel.collectives.packing import Carrier, Packed, dtype_of, effect, size_of
 from parallel.traffic import DTYPE_BYTES
 
@@ -128,6 +128,45 @@ def _sizes(size: int, parts: tuple) -> tuple:
     return tuple(size // sum(parts) * count for count in parts)
 
 
+class HcclExchange(nn.Cell):
+    """`AlltoAllV` of rows in numbers that tensors hold, filled up to as many rows as there is room for. What comes has
+    a shape that the device alone knows. It counts on the device too.
+    """
+
+    def __init__(self, operator: Any, ranks: int, room: Room, name: str) -> None:
+        super().__init__(auto_prefix=False)
+        self.operator, self.room = operator, room
+        self.counted = Parameter(Tensor(np.zeros((len(DTYPES), ranks + 1), np.int64)), name=name, requires_grad=False)
+        self.add = ops.AssignAdd()
+
+    def construct(self, rows: Tensor, gives: Tensor, takes: Tensor) -> Tensor:
+        width = rows.size // rows.shape[0]
+        counts = ops.concat((gives, ops.ones_like(gives[:1]))).reshape((1, -1))
+        self.add(self.counted, ops.cast(counts, mindspore.int64) * _row_bytes(rows.dtype, width, gives.shape[0]))
+        came = self.operator(rows.reshape((-1,)), gives * width, takes * width)
+        size = rows.size * self.room.times // self.room.over
+        return ops.concat((came, ops.zeros((size,), rows.dtype)))[:size].reshape((-1, width))
+
+    def counts(self) -> np.ndarray:
+        counted = self.counted.asnumpy()
+        return np.stack((counted[:, :-1].sum(1), counted[:, -1]), 1)
+
+    def sent(self) -> np.ndarray:
+        return self.counted.asnumpy()[:, :-1]
+
+    def reset(self) -> None:
+        self.counted.set_data(Tensor(np.zeros(self.counted.shape, np.int64)))
+
+
+@ops.constexpr
+def _row_bytes(dtype: Any, width: int, ranks: int) -> Tensor:
+    """[dtypes, ranks + 1]: bytes of a row in the row of its dtype, and last 1, for the call."""
+    factors = np.zeros((len(DTYPES), ranks + 1), np.int64)
+    row = next(i for i, name in enumerate(DTYPES) if getattr(mindspore, name) == dtype)
+    factors[row] = [*[width * DTYPE_BYTES[DTYPES[row]]] * ranks, 1]
+    return Tensor(factors)
+
+
 class Spread(nn.Cell):
     """`Broadcast` of one tensor; the operator takes a tuple."""
 
@@ -158,6 +197,11 @@ class HcclBackend:
         types = [getattr(mindspore, dtype) for dtype in DTYPES]
         carriers = [Carrier(dtype, dtype, self._flat(collective, group)) for dtype in types]
         return HcclOperator(collective, carriers, f"counts.{collective.name}.{collective.place}.{group}")
+
+    def exchange(self, group: Group, room: Room) -> HcclExchange:
+        whole = self._whole(group)
+        operator = effect(self._operators.AlltoAllV(whole))
+        return HcclExchange(operator, len(group.ranks), room, f"counts.all_to_all_v.{room.times}.{room.over}.{whole}")
 
     def transport(self, group: Group, name: str, pairs: Pairs) -> HcclTransport:
         everyone = HostGather(self._operators.AllGather(group=self._whole(group)))

@@ -49,6 +49,13 @@ class Collective:
         return (2 * self.group.place - self.place) % len(self.group.ranks)
 
 
+class Room(NamedTuple):
+    """Rows that an exchange may take: `times` / `over` of those that it may give."""
+
+    times: int
+    over: int
+
+
 class Event(NamedTuple):
     """One message of an operator."""
 
@@ -101,6 +108,17 @@ class Operator(Protocol):
         """The messages that were recorded since the last call, in their order."""
 
 
+class ExchangeOperator(Operator, Protocol):
+    """What moves rows between the ranks of a group, as many between any two as these say: an `nn.Cell`."""
+
+    def __call__(self, rows: Tensor, gives: Tensor, takes: Tensor) -> Tensor:
+        """rows [R, W], gives and takes [ranks] int32 -> [R x room, W]: the rows that came, by rank. What is behind them
+        is not there. Raises RuntimeError where more come than there is room for."""
+
+    def sent(self) -> np.ndarray:
+        """Bytes for each rank of the group since the last reset, int64 [dtypes of the backend, ranks]."""
+
+
 class Transport(Protocol):
     """Messages between ranks of a group; those from one to another arrive in the order sent."""
 
@@ -132,6 +150,9 @@ class Backend(Protocol):
 
     def operator(self, collective: Collective) -> Operator:
         """A new operator."""
+
+    def exchange(self, group: Group, room: Room) -> ExchangeOperator:
+        """A new one."""
 
     def transport(self, group: Group, name: str, pairs: Pairs) -> Transport:
         """A new transport, which waits for no other. `name` is unlike those of others over the group."""

@@ -23,7 +23,7 @@ from mindspore import Tensor, nn, ops
 from mpi4py import MPI
 
 from parallel.collectives import channel
-from parallel.collectives.interface import Collective, Event, Group, Operator, Pairs
+from parallel.collectives.interface import Collective, Event, ExchangeOperator, Group, Operator, Pairs, Room
 from parallel.collectives.packing import Carrier, Packed, effect, result_shape
 from parallel.mesh import DENSE, EXPERT
 from parallel.traffic import DTYPE_BYTES
@@ -31,7 +31,7 @@ from parallel.traffic import DTYPE_BYTES
 LIBRARY = Path(__file__).with_name("_mpi_ops.so")
 DTYPES = ("float64", "float32", "bfloat16", "int32")
 """In the order of NAMES in csrc/mpi_ops.cc."""
-KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send", "broadcast")
+KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send", "broadcast", "all_to_all_v")
 """In the order of Kind in csrc/mpi_ops.cc."""
 EVENT = np.dtype([("start", "f8"), ("end", "f8"), ("payload", "i8"), ("dtype", "i8")])
 """Event in csrc/mpi_ops.cc."""
@@ -115,6 +115,12 @@ class MpiBackend:
             return NativeOperator(self._library, communicator, collective)
         return PythonOperator(communicator, collective)
 
+    def exchange(self, group: Group, room: Room) -> ExchangeOperator:
+        communicator = _communicator(group)
+        if self._native:
+            return NativeExchange(self._library, communicator, group, room)
+        return PythonExchange(communicator, group, room)
+
     def transport(self, group: Group, name: str, pairs: Pairs) -> MpiTransport:
         return MpiTransport(_communicator(group))
 
@@ -197,6 +203,30 @@ class NativeOperator(nn.Cell):
         return [Event(start, end, payload, DTYPES[dtype]) for start, end, payload, dtype in events.tolist()]
 
 
+class NativeExchange(NativeOperator):
+    """The C++ operator of rows in any number. See `parallel.collectives.interface.ExchangeOperator`."""
+
+    def __init__(self, library: ctypes.CDLL, communicator: MPI.Comm, group: Group, room: Room) -> None:
+        super().__init__(library, communicator, Collective("all_to_all_v", group))
+        self._ranks = len(group.ranks)
+
+        def shape(slot: Any, rows: Any, gives: Any, takes: Any) -> Any:
+            return [rows[0] * room.times // room.over, *rows[1:]]
+
+        def dtype(slot: Any, rows: Any, gives: Any, takes: Any) -> Any:
+            return rows
+
+        self.operator = effect(ops.Custom(f"{LIBRARY}:Exchange", out_shape=shape, out_dtype=dtype, func_type="aot"))
+
+    def construct(self, rows: Tensor, gives: Tensor, takes: Tensor) -> Tensor:
+        return self.operator(self.slot, rows, gives, takes)
+
+    def sent(self) -> np.ndarray:
+        sent = np.zeros((len(DTYPES), self._ranks), np.int64)
+        self._library.busway_sent(self._slot, sent.ctypes.data_as(ctypes.c_void_p))
+        return sent
+
+
 class PythonOperator(nn.Cell):
     """The same around mpi4py. A Python operator takes one tensor, so the graph packs each message.
 
@@ -245,6 +275,56 @@ class PythonOperator(nn.Cell):
     def events(self) -> list[Event]:
         events, self._events = self._events, []
         return events
+
+
+class PythonExchange(nn.Cell):
+    """The same around mpi4py."""
+
+    def __init__(self, communicator: MPI.Comm, group: Group, room: Room) -> None:
+        super().__init__(auto_prefix=False)
+        self._counts = np.zeros((len(DTYPES), 2), np.int64)
+        self._sent = np.zeros((len(DTYPES), len(group.ranks)), np.int64)
+        self._recording, self._events = False, []
+
+        def run(rows: np.ndarray, gives: np.ndarray, takes: np.ndarray) -> np.ndarray:
+            rows = np.ascontiguousarray(rows)
+            result = np.zeros((len(rows) * room.times // room.over, *rows.shape[1:]), rows.dtype)
+            if takes.sum() > len(result) or gives.sum() > len(rows):
+                rooms = f"{gives.sum()} rows to send of {len(rows)}, {takes.sum()} to take into a room of {len(result)}"
+                raise RuntimeError(f"dispatch: {rooms}")
+            begin, width, dtype = time.monotonic(), rows[:1].nbytes, rows.dtype.name
+            given, taken = np.split(rows[: gives.sum()], np.cumsum(gives)[:-1]), np.cumsum(takes) - takes
+            requests = [
+                communicator.Irecv(_bytes(result[start : start + n]), rank)
+                for rank, (start, n) in enumerate(zip(taken, takes, strict=True))
+            ]
+            wait(requests + [communicator.Isend(_bytes(part), rank) for rank, part in enumerate(given)])
+            self._counts[DTYPES.index(dtype)] += (gives.sum() * width, 1)
+            self._sent[DTYPES.index(dtype)] += gives.astype(np.int64) * width
+            if self._recording:
+                self._events.append(Event(begin, time.monotonic(), int(gives.sum()) * width, dtype))
+            return result
+
+        def shape(rows: Any, gives: Any, takes: Any) -> Any:
+            return [rows[0] * room.times // room.over, *rows[1:]]
+
+        def dtype(rows: Any, gives: Any, takes: Any) -> Any:
+            return rows
+
+        self.operator = effect(ops.Custom(run, out_shape=shape, out_dtype=dtype, func_type="pyfunc"))
+
+    def construct(self, rows: Tensor, gives: Tensor, takes: Tensor) -> Tensor:
+        return self.operator(rows, gives, takes)
+
+    counts, reset_counts = PythonOperator.counts, PythonOperator.reset
+    record, events = PythonOperator.record, PythonOperator.events
+
+    def sent(self) -> np.ndarray:
+        return self._sent.copy()
+
+    def reset(self) -> None:
+        self.reset_counts()
+        self._sent[:] = 0
 
 
 def _same(value: Any) -> Any:

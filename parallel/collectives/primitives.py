@@ -49,6 +49,27 @@ class Primitive(nn.Cell):
         return self.back(gradients)
 
 
+class Exchange(nn.Cell):
+    """An all-to-all of rows in numbers that differ from rank to rank and from run to run, with its gradient.
+
+    rows [R, W] lie by the rank that they go to; `gives` and `takes` [ranks] int32 say how many go to each rank and come
+    from it. Results have as many rows as there may be; those behind the last that came are not there.
+    """
+
+    def __init__(self, group: Group, ahead: nn.Cell, back: nn.Cell) -> None:
+        super().__init__(auto_prefix=False)
+        self.group, self.ahead, self.back = group, ahead, back
+
+    def forward(self, rows: Any, gives: Any, takes: Any) -> Any:
+        """The rows that came, by rank."""
+        return self.ahead(rows, gives, takes)
+
+    def backward(self, rows: Any, gives: Any, takes: Any) -> Any:
+        """The way back: rows [R', W] of those that came, to where they came from. `gives` and `takes` are those of the
+        forward."""
+        return self.back(rows, takes, gives)
+
+
 class Identity(nn.Cell):
     """Every collective over one rank, and the backward of a sum."""
 

@@ -21,8 +21,7 @@ from collections import deque
 from functools import lru_cache
 from itertools import chain
 
-from models.checks import check, check_at_least, check_choice
-from models.config import nearest_divisor
+from models.checks import check, check_at_least, check_choice, nearest_divisor
 from parallel.schedules.schedule import BACKWARD, FORWARD, INPUT, V_SHAPED, WEIGHT, Action, Schedule
 
 NAMES = ("gpipe", "1f1b", "interleaved", "zb_h1", *V_SHAPED)

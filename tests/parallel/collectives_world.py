@@ -23,7 +23,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from parallel import collectives
-from parallel.collectives import Collectives
+from parallel.collectives import Collectives, Room
 from parallel.layout import Layout
 from parallel.mesh import Mesh
 from parallel.topology import load
@@ -126,10 +126,49 @@ class Independent(nn.Cell):
         return results
 
 
+class Exchanged(nn.Cell):
+    """Rows there, and what of them came back again."""
+
+    def __init__(self, made: Collectives) -> None:
+        super().__init__()
+        self.exchange = made.Exchange("dense", Room(3, 2))
+
+    def construct(self, rows, gives, takes):
+        came = self.exchange.forward(rows, gives, takes)
+        return came, self.exchange.backward(came * 2, gives, takes)
+
+
+def rows_between() -> np.ndarray:
+    """[from, to] rows, none between some."""
+    return np.array([[1, 0, 3, 2], [0, 2, 0, 0], [4, 1, 0, 3], [0, 0, 0, 0]], np.int32)
+
+
+def try_exchange(made: Collectives) -> dict:
+    """What this rank sees of rows in any number: those that came and went back, by dtype, and a lack of room."""
+    rank, counts = made.rank, rows_between()
+    gives, takes = Tensor(counts[rank]), Tensor(np.ascontiguousarray(counts[:, rank]))
+    rows = np.arange(8 * 3, dtype=np.float32).reshape(8, 3) + 100 * rank
+    exchanged, seen = Exchanged(made), {}
+    made.reset_traffic()
+    for dtype in ("float32", "float64"):
+        came, back = exchanged(Tensor(rows).astype(getattr(ms, dtype)), gives, takes)
+        seen[dtype] = came.shape, came.asnumpy()[: counts[:, rank].sum()], back.asnumpy()[: counts[rank].sum()]
+    seen["traffic"] = made.traffic().rows()
+    narrow = made.Exchange("tp", Room(1, 1))
+    many = Tensor(np.array([2, 2], np.int32))
+    try:
+        narrow.ahead(Tensor(np.zeros((3, 1), np.float32)), many, many).asnumpy()
+        seen["no room"] = None
+    except RuntimeError as error:
+        seen["no room"] = str(error)
+    return seen
+
+
 def try_form(made: Collectives) -> dict:
     """What this rank sees of one form of the operators."""
     rank = made.rank
     seen: dict = {"results": {}, "traffic": {}, "products": {}, "repeated": {}, "errors": []}
+    seen["exchange"] = try_exchange(made)
     for axes in AXES:
         everything = Everything(made, axes)
         made.reset_traffic()

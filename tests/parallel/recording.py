@@ -98,7 +98,15 @@ class Shape:
     def _compare(self, other: Any) -> Shape:
         return self._with(other).astype(ms.bool_)
 
+    def sum(self, axis: Any = ()) -> Shape:
+        return reduce(self, axis)
+
+    @property
+    def T(self) -> Shape:
+        return self.transpose(1, 0)
+
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _with
+    __mod__ = __floordiv__ = _with
     __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = _compare
     __hash__ = object.__hash__
 
@@ -137,10 +145,12 @@ def concat(tensors: tuple, axis: int = 0) -> Shape:
 
 
 def unstack(x: Shape, axis: int) -> tuple:
+    axis %= len(x.shape)
     return (Shape.of((*x.shape[:axis], *x.shape[axis + 1 :]), x.dtype),) * x.shape[axis]
 
 
 def stack(tensors: tuple, axis: int) -> Shape:
+    axis %= len(tensors[0].shape) + 1
     return concat(tuple(x.reshape((*x.shape[:axis], 1, *x.shape[axis:])) for x in tensors), axis)
 
 
@@ -165,7 +175,8 @@ def assign(target: Shape, value: Shape) -> Shape:
 
 
 def assign_add(target: Shape, value: Shape) -> Shape:
-    if target.value is not None:
+    """What the device alone knows, as how much is dispatched, is not added to the account."""
+    if target.value is not None and value.value is not None:
         EFFECTS.append(partial(add, target, value.value))
         EFFECTS[-1]()
     return assign(target, value)
@@ -187,6 +198,15 @@ def segment_sum(x: Shape, ids: Shape, count: int) -> Shape:
     return Shape.of((count, *x.shape[len(ids.shape) :]), x.dtype)
 
 
+def top_k(x: Shape, count: int) -> tuple[Shape, Shape]:
+    shape = (*x.shape[:-1], count)
+    return Shape.of(shape, x.dtype), Shape.of(shape, ms.int32)
+
+
+def expand_dims(x: Shape, axis: int) -> Shape:
+    return x.reshape((*x.shape[:axis], 1, *x.shape[axis:]))
+
+
 OPS = SimpleNamespace(
     ReduceOp=ms.ops.ReduceOp,
     partial=partial,
@@ -200,11 +220,14 @@ OPS = SimpleNamespace(
     ReduceSum=lambda **keep: partial(reduce, **keep),
     ReduceMax=lambda **keep: partial(reduce, **keep),
     ReduceMean=lambda **keep: partial(reduce, **keep),
+    TopK=lambda **order: top_k, Softmax=lambda axis: like, expand_dims=expand_dims, cumsum=like, sign=like,
+    matmul=matmul, repeat_elements=lambda x, times, axis: concat((x,) * times, axis),
+    logsumexp=lambda x, axis, keep_dims: reduce(x, axis, keep_dims),
     exp=like, log=like, sqrt=like, sigmoid=like, expm1=like, zeros_like=like, ones_like=like,
     clip_by_value=like, clamp=like, masked_fill=like,
     maximum=with_, minimum=with_, logical_and=with_, logical_or=with_,
     select=lambda condition, x, y: Shape.of(_broadcast(condition.shape, with_(x, y).shape), x.dtype),
-    zeros=Shape.of,
+    zeros=Shape.of, ones=Shape.of,
     arange=lambda start, stop: Shape.of((stop - start,), ms.int64),
     broadcast_to=lambda x, shape: Shape.of(_broadcast(x.shape, shape), x.dtype),
     gather=gather, gather_d=lambda x, axis, indices: Shape.of(indices.shape, x.dtype),
@@ -294,7 +317,8 @@ class Operator:
 
     def __call__(self, message: Any, *counts: tuple[int, ...]) -> Any:
         message = message[0] if isinstance(message, tuple) else message
-        self.recorder.note(self.name, self.group, str(message.dtype), message.shape, *counts)
+        known = [count for count in counts if isinstance(count, tuple)]  # how much is dispatched, the device knows
+        self.recorder.note(self.name, self.group, str(message.dtype), message.shape, *known)
         return self.result(message)
 
 

@@ -182,6 +182,38 @@ def test_independent_calls_meet_in_one_order_on_all_ranks(world, form):
 
 
 @each_form
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_rows_in_any_number_go_by_rank_and_their_gradients_come_back(world, form, dtype):
+    counts = script.rows_between()
+    given = [np.arange(24).reshape(8, 3) + 100 * rank for rank in range(4)]
+    starts = np.cumsum(counts, 1) - counts
+    for rank, seen in enumerate(world[1]):
+        shape, came, back = seen[form]["exchange"][dtype]
+        assert shape == (12, 3)
+        parts = [given[r][starts[r, rank] : starts[r, rank] + counts[r, rank]] for r in range(4)]
+        np.testing.assert_array_equal(came, np.concatenate(parts))
+        np.testing.assert_array_equal(back, 2 * given[rank][: counts[rank].sum()])
+
+
+@each_form
+def test_rows_are_counted_by_the_rank_that_they_go_to(world, form):
+    counts = script.rows_between()
+    for rank, seen in enumerate(world[1]):
+        rows = {row["dtype"]: row for row in seen[form]["exchange"]["traffic"]}
+        there, back = counts[rank], counts[:, rank]
+        for dtype, item in (("float32", 4), ("float64", 8)):
+            assert rows[dtype]["collective"] == "all_to_all_v" and rows[dtype]["calls"] == 2
+            assert rows[dtype]["payload_bytes"] == 3 * item * (there.sum() + back.sum())
+            away = there.sum() + back.sum() - 2 * counts[rank, rank]
+            assert rows[dtype]["wire_bytes"] == 3 * item * away
+
+
+@each_form
+def test_more_rows_than_there_is_room_for_are_an_error(world, form):
+    assert all(seen[form]["exchange"]["no room"] for seen in world[1])
+
+
+@each_form
 def test_every_bfloat16_survives_a_sum(world, form):
     for seen in world[1]:
         np.testing.assert_array_equal(seen[form]["halves"], script.halves(0))

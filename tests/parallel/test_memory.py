@@ -13,6 +13,7 @@ from models.attention import rotary_tables
 from models.config import ModelConfig
 from models.decoder import decoder_segments
 from models.kernels import choose
+from models.shapes import ExpertsConfig, LatentConfig, PredictionConfig
 from models.weights import initial_reader
 from parallel.apply import parallelize
 from parallel.collectives import Collectives
@@ -23,10 +24,15 @@ from trainer.step import Weights
 
 SEQ_LEN, GLOBAL_BATCH = 16, 12
 SHAPES = {"layers": 3, "hidden": 30, "ffn": 44, "heads": 8, "kv_heads": 2, "head_dim": 6, "vocab": 40}
+EXPERTS = {"moe": ExpertsConfig(experts=4, top_k=2, ffn=12, shared=1, first_dense=1)}
+LATENT = {"latent": LatentConfig(kv_rank=6, q_rank=8, nope=4, rope=4, value=6), "sandwich_norm": True}
+FURTHER = {"mtp": PredictionConfig(depth=2)}
 VARIANTS = {
     "llama": {},
     "qwen2": {"qkv_bias": True, "tied_embeddings": True},
     "qwen3": {"qk_norm": True},
+    "experts, further tokens": EXPERTS | FURTHER,
+    "latent experts": EXPERTS | LATENT,
 }
 LAYOUTS = {
     "one rank": Layout(dp=1, micro_batch=3),
@@ -44,6 +50,8 @@ LAYOUTS = {
     "interleaved": Layout(dp=1, pp=2, tp=2, vpp=2, schedule="interleaved"),
     "zero 1": Layout(dp=4, zero=1, micro_batch=3),
     "zero 3": Layout(dp=2, cp=2, zero=3),
+    "zero 2 with experts over ranks": Layout(dp=4, ep=2, zero=2),
+    "slices of experts over tp": Layout(dp=2, tp=2, ep=2, etp=2, sequence_parallel=True),
     "zero 3 over a pipeline": Layout(dp=4, pp=2, zero=3, zero_group=2),
 }
 
@@ -70,6 +78,7 @@ def made(config: ModelConfig, layout: Layout, place: int, machine):
         world=SimpleNamespace(rank=rank, size=mesh.world_size),
         dtypes=("float32", "int32"),
         operator=lambda collective: Alike(collective.parts),
+        exchange=lambda group, room: None,
     )
     kernels = choose("plain", "fp32", "CPU")
     segments = decoder_segments(config, kernels)
@@ -102,14 +111,16 @@ def test_weights_and_their_bytes_are_those_of_the_model(machine, name, variant):
         assert state.gradients == (4 * collected if layout.check_batch(GLOBAL_BATCH) > 1 or layout.pp > 1 else 0)
 
 
-@pytest.mark.parametrize("name", [name for name, layout in LAYOUTS.items() if layout.pp == 1 and not layout.zero])
-def test_segments_save_what_the_formula_says(machine, name):
-    config, layout = ModelConfig(**SHAPES, qk_norm=name != "tp"), LAYOUTS[name]
+@pytest.mark.parametrize("name", [name for name, x in LAYOUTS.items() if x.pp * x.ep == 1 and not x.zero])
+@pytest.mark.parametrize("kind", ["dense", "experts", "latent", "further"])
+def test_segments_save_what_the_formula_says(machine, name, kind):
+    kinds = {"dense": {"qk_norm": name != "tp"}, "experts": EXPERTS, "latent": LATENT, "further": EXPERTS | FURTHER}
+    layout, config = LAYOUTS[name], ModelConfig(**SHAPES, **kinds[kind])
     model = made(config, layout, 0, machine)
     length = layout.micro_batch * SEQ_LEN
-    own = Tensor(np.zeros(length // layout.cp, np.int32))
+    own, labels = (Tensor(np.zeros(n * length // layout.cp, np.int32)) for n in (1, 1 + 2 * config.mtp.depth))
     tables = [Tensor(table[model.positions]) for table in rotary_tables(config, SEQ_LEN)]
-    context, x = (own, own, Tensor(np.zeros(length, np.int32)), *tables), own
+    context, x = (own, labels, Tensor(np.zeros(length, np.int32)), *tables), own
     for number, segment in enumerate(model.stages[0].segments):
         values = tuple(Tensor(weight.stack(initial_reader(0, 0.02))) for weight in segment.weights)
         x, saved = segment.forward(x, values, context)

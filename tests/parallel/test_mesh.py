@@ -123,7 +123,7 @@ def test_the_banner_line_has_the_product_the_machine_and_what_each_axis_spans(ma
     line = Mesh(Layout(dp=4, tp=2, ep=4), machine(2, 2, 2)).describe()
     assert line == (
         "pp 1 x dp 4 x cp 1 x tp 2 = 8 ranks on machine; experts edp 2 x ep 4 x etp 1; "
-        "tp in one a; dp in one c; ep in one b; edp in one c"
+        "tp in one a; dp in one c; ep in one b; edp in one c; flat dispatch: no slower network inside ep"
     )
     line = Mesh(Layout(dp=1, pp=2, cp=4, schedule="zb_v", zero=3, recompute=(0, 2)), machine(2, 2, 2)).describe()
     assert line.endswith("pp in one c; zb_v, ring, ZeRO 3, recompute layers [0, 2]")

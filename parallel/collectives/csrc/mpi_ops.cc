@@ -14,6 +14,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdio>
 #include <cstring>
 #include <deque>
 #include <mutex>
@@ -21,7 +22,7 @@
 
 namespace {
 
-enum Kind { ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, ALL_TO_ALL, SEND, BROADCAST };  // KINDS in mpi.py
+enum Kind { ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, ALL_TO_ALL, SEND, BROADCAST, ALL_TO_ALL_V };  // KINDS in mpi.py
 enum Dtype { FLOAT64, FLOAT32, BFLOAT16, INT32, DTYPES };
 const char *const NAMES[DTYPES] = {"float64", "float32", "bfloat16", "int32"};
 const int64_t BYTES[DTYPES] = {8, 4, 2, 4};
@@ -91,6 +92,7 @@ struct Slot {
     MPI_Comm_rank(comm, &rank);
     MPI_Comm_size(comm, &ranks);
     keeps = kind == BROADCAST && rank == place;
+    sent.resize(DTYPES * ranks);
   }
 
   // The other ranks, for 0 < step < ranks: at each step every rank has another one.
@@ -105,6 +107,7 @@ struct Slot {
   std::mutex lock;
   std::vector<char> received;
   int64_t counts[DTYPES][2] = {};  // payload bytes, messages
+  std::vector<int64_t> sent;       // by dtype and rank: bytes of an ALL_TO_ALL_V
   bool recording = false;
   std::vector<Event> events;
 };
@@ -300,6 +303,14 @@ void busway_reset(int index) {
   Slot &slot = slot_at(index);
   const std::lock_guard<std::mutex> held(slot.lock);
   memset(slot.counts, 0, sizeof(slot.counts));
+  std::fill(slot.sent.begin(), slot.sent.end(), 0);
+}
+
+// sent[DTYPES][ranks]: bytes that an ALL_TO_ALL_V has sent to each rank of its group.
+void busway_sent(int index, int64_t *sent) {
+  Slot &slot = slot_at(index);
+  const std::lock_guard<std::mutex> held(slot.lock);
+  std::copy(slot.sent.begin(), slot.sent.end(), sent);
 }
 
 void busway_record(int index, int on) {
@@ -355,6 +366,45 @@ int Run(int parameters, void **data, int *ndims, int64_t **shapes, const char **
     slot.counts[d][1] += payload > 0;
     if (slot.recording && payload > 0) slot.events.push_back({start, seconds(), payload, d});
   }
+  return MPI_SUCCESS;
+}
+
+// Inputs: an int32 tensor that holds the slot, rows [R, W] of a dtype in NAMES, gives [ranks] and takes [ranks] int32:
+// how many rows go to each rank and come from it. Output [room, W]: the rows that came, by rank; behind them it is not
+// written.
+int Exchange(int, void **data, int *ndims, int64_t **shapes, const char **dtypes, void *, void *) {
+  Slot &slot = slot_at(*static_cast<const int32_t *>(data[0]));
+  const std::lock_guard<std::mutex> held(slot.lock);
+  const int dtype = int(std::find_if(NAMES, NAMES + DTYPES, [&](const char *n) { return !strcmp(n, dtypes[1]); }) - NAMES);
+  if (dtype == DTYPES) return 1;
+  const int32_t *gives = static_cast<const int32_t *>(data[2]), *takes = static_cast<const int32_t *>(data[3]);
+  const int64_t width = elements(ndims[1] - 1, shapes[1] + 1) * BYTES[dtype];
+  std::vector<int64_t> from(slot.ranks + 1), to(slot.ranks + 1);
+  for (int r = 0; r < slot.ranks; r++) {
+    from[r + 1] = from[r] + gives[r] * width;
+    to[r + 1] = to[r] + takes[r] * width;
+  }
+  const int64_t given = from[slot.ranks] / std::max<int64_t>(1, width), taken = to[slot.ranks] / std::max<int64_t>(1, width);
+  if (given > shapes[1][0] || taken > shapes[4][0]) {
+    fprintf(stderr, "dispatch: %lld rows to send of %lld, %lld to take into a room of %lld\n", (long long)given,
+            (long long)shapes[1][0], (long long)taken, (long long)shapes[4][0]);
+    return 1;
+  }
+  const char *in = static_cast<const char *>(data[1]);
+  char *out = static_cast<char *>(data[4]);
+  const double start = slot.recording ? seconds() : 0;
+  for (int step = 1; step < slot.ranks; step++) {
+    const int source = slot.before(step), target = slot.after(step);
+    slot.messages.receive(out + to[source], to[source + 1] - to[source], source);
+    slot.messages.send(in + from[target], from[target + 1] - from[target], target);
+  }
+  memcpy(out + to[slot.rank], in + from[slot.rank], from[slot.rank + 1] - from[slot.rank]);
+  const int error = slot.messages.wait();
+  if (error != MPI_SUCCESS) return error;
+  for (int r = 0; r < slot.ranks; r++) slot.sent[dtype * slot.ranks + r] += from[r + 1] - from[r];
+  slot.counts[dtype][0] += from[slot.ranks];
+  slot.counts[dtype][1] += 1;
+  if (slot.recording) slot.events.push_back({start, seconds(), from[slot.ranks], dtype});
   return MPI_SUCCESS;
 }
 
