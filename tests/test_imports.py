@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FREE = (
-    "models.config", "models.checks", "models.weights", "models.huggingface",
-    "parallel.topology", "parallel.layout", "parallel.mesh", "parallel.traffic", "parallel.memory",
+    "models.config", "models.checks", "models.shapes", "models.weights", "models.huggingface", "models.families",
+    "parallel.topology", "parallel.layout", "parallel.mesh", "parallel.traffic", "parallel.dispatch", "parallel.memory",
     "parallel.schedules", "trainer.cli", "trainer.train", "trainer.recipe", "trainer.compose", "trainer.run_directory",
     "trainer.checkpoint", "trainer.convert", "trainer.launch", "trainer.launch.keeper", "trainer.launch.rank",
     "trainer.metrics",

@@ -102,7 +102,7 @@ def test_the_built_in_recipe_learns(tmp_path):
     busway = Path(sys.executable).parent / "busway"
     result = subprocess.run([busway, "train"], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
-    lines = [json.loads(line) for line in (tmp_path / "runs/tiny_dense-1/metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "runs/tiny_moe-1/metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     assert statistics.mean(losses[-3:]) < 0.75 * statistics.mean(losses[:3])
     evaluations = [line["eval_loss"] for line in lines if "eval_loss" in line]

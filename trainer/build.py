@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import mindspore as ms
+import numpy as np
 import yaml
 from rich.console import Console as RichConsole
 
@@ -20,12 +21,14 @@ from models.weights import Reader, initial_reader
 from parallel import collectives as coll
 from parallel.apply import Parallelized, parallelize
 from parallel.collectives import Collectives, World
+from parallel.context import positions
 from parallel.mesh import Mesh
 from trainer import checkpoint, machine, metrics
 from trainer.callbacks.base import Callback
 from trainer.callbacks.checkpointer import Checkpointer
 from trainer.callbacks.console import Console
 from trainer.callbacks.files import MetricsFile, TensorBoard
+from trainer.callbacks.routing import Routing
 from trainer.callbacks.signals import Signals
 from trainer.callbacks.summary import Summary
 from trainer.callbacks.trace import Trace
@@ -33,6 +36,7 @@ from trainer.checkpoint import Checkpoint
 from trainer.data.blend import Blend
 from trainer.data.loader import Batch, Loader, evaluation_batches
 from trainer.data.prepare import Corpus, prepare
+from trainer.experts import RoutingRecord
 from trainer.launch.rank import StopSignal, from_rank_0
 from trainer.loop import Loop
 from trainer.meter import Meter
@@ -71,6 +75,8 @@ def build(
     precision = choose_precision(recipe.train.precision, machine.device())
     meter = _meter(recipe, mesh, precision, collectives)
     callbacks = _callbacks(recipe, rank, signal, console, meter, _companions(recipe, corpus)) + (extra or [])
+    if step.routing:
+        callbacks.append(Routing(step.routing, _token_numbers(recipe, mesh, rank)))
     loop = Loop(recipe, run, mesh, collectives, weights, step, loader, holdout, meter, callbacks)
     if rank == 0:
         _banner(loop, precision.name, parallel.kernels.describe(), corpus.samples, say)
@@ -90,13 +96,31 @@ def assemble(
     segments = decoder_segments(recipe.model, table, precision.rounding)
     schedule = layout.pipeline(recipe.train.global_batch)
     parallel = parallelize(segments, recipe.model, table, collectives, schedule, seq_len, dtype)
+    routing = RoutingRecord(parallel.stages) if recipe.metrics.routing else None
     weights = Weights(parallel.weights, parallel.data, read, dtype)
-    finish = Finish(weights, table, recipe.optimizer, dtype)
+    finish = Finish(weights, table, recipe.optimizer, dtype, recipe.model.moe.bias_rate, _even_share(recipe))
     micro_batches = layout.check_batch(recipe.train.global_batch)
     tables = [table[parallel.positions] for table in rotary_tables(recipe.model, seq_len, dtype)]
     stream = (layout.stream_tokens(seq_len), recipe.model.hidden)
-    step = TrainStep(parallel, weights, finish, micro_batches, tables, stream, seq_len, dtype)
+    step = TrainStep(parallel, weights, finish, micro_batches, tables, stream, seq_len, dtype, recipe.model.mtp.depth)
+    step.routing = routing
     return step, weights, parallel
+
+
+def _token_numbers(recipe: Recipe, mesh: Mesh, rank: int) -> np.ndarray:
+    """[micro-batches, tokens] numbers in the global batch of the tokens that this rank routes in a step."""
+    layout, length = mesh.layout, recipe.data.seq_len
+    sequences = recipe.train.global_batch // mesh.size("data")
+    first = mesh.index("data", rank) * sequences
+    own = positions(layout, mesh.index("cp", rank), length)
+    numbers = (np.arange(first, first + sequences)[:, None] * length + own).reshape(-1, layout.micro_batch * len(own))
+    return np.split(numbers, layout.tp, axis=1)[mesh.index("tp", rank)]
+
+
+def _even_share(recipe: Recipe) -> float:
+    """Copies of tokens that each expert of a layer gets in one step if all get as many."""
+    moe = recipe.model.moe
+    return recipe.train.global_batch * recipe.data.seq_len * moe.top_k / moe.experts if moe.experts else 0.0
 
 
 def _resumed(recipe: Recipe, run: RunDirectory, world: World, say: Callable[[str], None]) -> Checkpoint | None:
@@ -160,7 +184,7 @@ def _callbacks(
         callbacks.insert(0, Trace(_speaker(console, rank)))
     if rank == 0:
         batch = recipe.train.global_batch
-        tags = metrics.tags(recipe.metrics.tags, meter.flops_per_token, recipe.machine.rank.memory_gib)
+        tags = metrics.tags(recipe.metrics.tags, recipe.model, meter.flops_per_token, recipe.machine.rank.memory_gib)
         callbacks += [Console(console), MetricsFile(), TensorBoard(tags, batch)]
     return [*callbacks, Summary(memory_kind)]
 
@@ -187,7 +211,9 @@ def _banner(loop: Loop, precision: str, kernel_line: str, samples: int, say: Cal
         peak = f"{meter.peak_flops / 1e12:,g} TFLOP/s a rank ({recipe.machine.name})"
     say(f"busway {version('busway')}, mindspore {version('mindspore')} on {machine.device()}; run {loop.run}")
     say(f"layout: {loop.mesh.describe()}; collectives: {loop.collectives.describe()}")
-    say(f"model: {recipe.model.parameter_count:,} parameters, {meter.flops_per_token:,} FLOPs a token; {precision}")
+    active = f" ({recipe.model.active_parameter_count:,} active)" if recipe.model.moe.experts else ""
+    count = f"{recipe.model.parameter_count:,} parameters{active}"
+    say(f"model: {count}, {meter.flops_per_token:,} FLOPs a token; {precision}")
     say(f"FLOPs: {FLOPS_CONVENTION}; peak: {peak}")
     say(kernel_line)
     say(

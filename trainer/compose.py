@@ -19,7 +19,7 @@ from models.checks import ConfigError, nearest
 from trainer import recipe as recipes
 from trainer.recipe import Recipe
 
-BUILT_IN = "tiny_dense"
+BUILT_IN = "tiny_moe"
 YAML = (".yaml", ".yml")
 PACKAGED = Path(__file__).parent.parent / "recipes"
 GROUPS = sorted(folder.name for folder in PACKAGED.iterdir() if folder.is_dir() and any(folder.glob("*.yaml")))

@@ -1,4 +1,4 @@
-"""`busway convert`: weights in and out of Hugging Face's format, bit for bit (`trainer.weight_files` has both)."""
+"""`busway convert`: weights in and out of Hugging Face's format, bit for bit but for FP8 (`trainer.weight_files`)."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from rich.progress import track
 from models import huggingface
 from models.checks import ConfigError
 from models.config import ModelConfig
+from models.families import FAMILIES
 from trainer.checkpoint import MANIFEST, STATE
 from trainer.errors import EXIT_DONE, InputError
 from trainer.machine import writing_to
+from trainer.quantised import Quantised
 from trainer.weight_files import (
     CONFIG,
     INDEX,
     SINGLE,
     THEIR_CONFIG,
-    Tensor,
     Weights,
     config_of_json,
     read_busway,
@@ -35,6 +36,7 @@ from trainer.weight_files import (
     save_safetensors,
     yaml_of_config,
 )
+from trainer.weight_tensor import Tensor
 
 HUGGINGFACE_CONFIG = "huggingface.json"
 STAYING = (CONFIG, THEIR_CONFIG, HUGGINGFACE_CONFIG, STATE, MANIFEST)
@@ -56,7 +58,7 @@ class Direction:
     configs: Callable[[Path, ModelConfig], dict[str, bytes]]
     """File name -> content of the configs to write, from the source directory and its model."""
     names: Callable[[ModelConfig], Mapping[str, str]]
-    """Our parameters' names -> those to write."""
+    """Names to write -> our parameters'."""
 
 
 def convert(direction: Direction, source: Path, out: Path, max_shard_bytes: float) -> list[str]:
@@ -78,7 +80,7 @@ def convert(direction: Direction, source: Path, out: Path, max_shard_bytes: floa
     with _committed(out) as folder:
         for name, content in (files | companions).items():
             (folder / name).write_bytes(content)
-        _write_shards(folder, {names[name]: tensor for name, tensor in weights.tensors.items()}, max_shard_bytes)
+        _write_shards(folder, {name: weights.tensors[ours] for name, ours in names.items()}, max_shard_bytes)
     return left_out
 
 
@@ -104,7 +106,7 @@ def _run(args: argparse.Namespace) -> int:
     left_out = convert(args.direction, args.source, args.out, args.max_shard_gb * 1e9)
     tensors = read_weights(args.out).tensors.values()
     files = len({tensor.file for tensor in tensors})
-    size = decimal(sum(tensor.data.size for tensor in tensors))
+    size = decimal(sum(tensor.nbytes for tensor in tensors))
     print(f"{args.out}: {len(tensors)} tensors, {size}, {files} file{'s'[: files > 1]}")
     if left_out:
         print(f"left out, as large or links to elsewhere: {', '.join(left_out)}")
@@ -121,8 +123,16 @@ def _above_zero(text: str) -> float:
 def _our_configs(source: Path, config: ModelConfig) -> dict[str, bytes]:
     return {
         CONFIG: yaml_of_config(config).encode(),
-        HUGGINGFACE_CONFIG: (source / THEIR_CONFIG).read_bytes(),
+        HUGGINGFACE_CONFIG: _unquantised((source / THEIR_CONFIG).read_bytes()),
     }
+
+
+def _unquantised(config: bytes) -> bytes:
+    """Without a word about FP8, as what is written has none."""
+    content = json.loads(config)
+    if content.pop("quantization_config", None) is None:
+        return config
+    return (json.dumps(content, indent=2) + "\n").encode()
 
 
 def _their_configs(source: Path, config: ModelConfig) -> dict[str, bytes]:
@@ -143,9 +153,14 @@ def _their_configs(source: Path, config: ModelConfig) -> dict[str, bytes]:
     return {THEIR_CONFIG: (json.dumps({**kept, **ours, **kept_ids}, indent=2) + "\n").encode()}
 
 
+def _their_names(config: ModelConfig) -> dict[str, str]:
+    names = {theirs: ours for ours, theirs in huggingface.names(config).items()}
+    return names | huggingface.copies(config)
+
+
 DIRECTIONS = {
     "from-hf": Direction(
-        help="Hugging Face's format to Busway's (Llama, Qwen2, Qwen3)",
+        help=f"Hugging Face's format to Busway's ({', '.join(family.model_type for family in FAMILIES)})",
         source="Hugging Face's weight directory",
         read=read_huggingface,
         configs=_our_configs,
@@ -156,7 +171,7 @@ DIRECTIONS = {
         source="Busway's weight directory, or a checkpoint (runs/NAME/checkpoints/step-…)",
         read=read_busway,
         configs=_their_configs,
-        names=huggingface.names,
+        names=_their_names,
     ),
 }
 
@@ -196,7 +211,7 @@ def _committed(out: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write_shards(folder: Path, tensors: Mapping[str, Tensor], max_bytes: float) -> None:
+def _write_shards(folder: Path, tensors: Mapping[str, Tensor | Quantised], max_bytes: float) -> None:
     shards = _shards(tensors, max_bytes)
     weight_map = {}
     for number, shard in enumerate(track(shards, "writing", disable=not sys.stdout.isatty()), start=1):
@@ -205,19 +220,19 @@ def _write_shards(folder: Path, tensors: Mapping[str, Tensor], max_bytes: float)
         save_safetensors(folder / file, {name: tensors[name] for name in shard}, {"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
     if len(shards) > 1:
-        total = sum(tensor.data.size for tensor in tensors.values())
+        total = sum(tensor.nbytes for tensor in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _shards(tensors: Mapping[str, Tensor], max_bytes: float) -> list[list[str]]:
+def _shards(tensors: Mapping[str, Tensor | Quantised], max_bytes: float) -> list[list[str]]:
     """Names in files of at most `max_bytes`, in order; a tensor above it has a file alone."""
     shards: list[list[str]] = [[]]
     used = 0
     for name, tensor in tensors.items():
-        if shards[-1] and used + tensor.data.size > max_bytes:
+        if shards[-1] and used + tensor.nbytes > max_bytes:
             shards.append([])
             used = 0
         shards[-1].append(name)
-        used += tensor.data.size
+        used += tensor.nbytes
     return shards

@@ -17,6 +17,7 @@ from trainer.callbacks.base import Callback
 from trainer.checkpoint import Checkpoint
 from trainer.data.loader import Batch, Loader
 from trainer.errors import InputError, NotFiniteError, Stopped
+from trainer.experts import TallyMeter
 from trainer.lr import LearningRate
 from trainer.meter import Meter
 from trainer.recipe import Recipe
@@ -41,6 +42,8 @@ class Loop:
         self.recipe, self.run, self.mesh, self.collectives = recipe, run, mesh, collectives
         self.weights, self.train_step, self.loader, self.holdout = weights, train_step, loader, holdout
         self.meter, self.callbacks = meter, list(callbacks)
+        counts = recipe.model.moe.experts or recipe.model.mtp.depth
+        self.tallies = TallyMeter(recipe.model, weights, collectives) if counts else None
         self.rates = LearningRate(recipe.lr, recipe.optimizer.lr, recipe.train.steps)
         self.step = 0
         self.status = "running"
@@ -79,13 +82,16 @@ class Loop:
         self.stopped = outcome.stop_requested
         self.call("after_step", outcome)
         if self.step % self.recipe.train.log_every == 0 or self.stopped or self.step == self.last_step:
-            self.call("on_row", self.meter.row(self.step))
+            row = self.meter.row(self.step)
+            self.call("on_row", row | self.tallies.row(self.step, outcome.tokens) if self.tallies else row)
         if self._evaluates() and not self.stopped:
             self._evaluate()
 
     def resume(self, saved: Checkpoint) -> None:
         """Take the step and the callbacks' state from a checkpoint; weights and data start from it already."""
         self.step, self.resumed_from = saved.step, saved.path
+        if self.tallies:
+            self.tallies.step = saved.step
         for callback in self.callbacks:
             if callback.name in saved.state["callbacks"]:
                 callback.load_state(saved.state["callbacks"][callback.name])
@@ -137,7 +143,10 @@ class Loop:
         return bool(every and self.holdout) and (self.step % every == 0 or self.step == self.last_step)
 
     def _evaluate(self) -> None:
+        before = self.tallies.sent() if self.tallies else None
         loss = self.train_step.evaluate(self.holdout)
+        if self.tallies:
+            self.tallies.dispatched += self.tallies.sent() - before
         if loss is None:
             raise InputError("no held-out token has a label; see to data.sources, or set train.eval_every=0")
         if not math.isfinite(loss):

@@ -1,6 +1,7 @@
 """Names of everything that a run reports. Dashboards and tests import them from here.
 
-A row of `metrics.jsonl` has the keys of `ROW`; TensorBoard shows them under the names of `metrics.tags`.
+A row of `metrics.jsonl` has the keys of `ROW`, with experts or further tokens theirs too; TensorBoard shows them under
+the names of `metrics.tags`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from models.config import ModelConfig
 
 Row = dict[str, Any]
 """A line of metrics.jsonl."""
@@ -28,6 +31,16 @@ DATA_WAIT_S = "data_wait_s"
 MFU = "mfu"
 MEMORY_GIB = "memory_gib"
 EVAL_LOSS = "eval_loss"
+AUX_LOSS = "aux_loss"
+"""Of the routers' balance, by its coefficient."""
+Z_LOSS = "z_loss"
+"""Of the routers' logits, by its coefficient."""
+MTP_LOSS = "mtp_loss"
+"""Of multi-token prediction, a mean over its modules, without its coefficient."""
+DISPATCH_BYTES = "dispatch_bytes"
+"""level -> bytes that all ranks sent over it in a step to dispatch copies of tokens and to combine them."""
+EXPERTS = "experts"
+"""layer -> what its router counted (`trainer.experts`)."""
 EVENT = "event"
 BATCH_SIZE = "batch_size"
 """Sequences a step; a curve of other projects, constant here."""
@@ -55,7 +68,15 @@ class Tag:
     x: str = STEP
 
 
-def tags(scheme: str, flops_per_token: float, memory_total_gib: float | None) -> list[Tag]:
+def _of_experts(model: ModelConfig) -> list[Tag]:
+    """As Megatron-LM has them: without coefficients, means over layers; of one further token, not of several."""
+    moe, layers = model.moe, sum(map(model.moe.in_layer, range(model.layers + model.mtp.depth)))
+    coefs = {("load_balancing_loss", AUX_LOSS): moe.aux_coef, ("z_loss", Z_LOSS): moe.z_coef}
+    curves = [Tag(name, key, 1 / (coef * layers)) for (name, key), coef in coefs.items() if coef and layers]
+    return curves + [Tag("mtp_1 loss", MTP_LOSS)] * (model.mtp.depth == 1)
+
+
+def tags(scheme: str, model: ModelConfig, flops_per_token: float, memory_total_gib: float | None) -> list[Tag]:
     """The curves of `metrics.tags`, with the names that each project's dashboards read.
 
     `throughput` means TFLOP/s a rank in Megatron-LM's names. Curves over another x axis carry its name.
@@ -70,6 +91,7 @@ def tags(scheme: str, flops_per_token: float, memory_total_gib: float | None) ->
             Tag("iteration-time", STEP_S),
             Tag("throughput", TOKENS_PER_S_PER_RANK, tflops),
             Tag("lm loss validation", EVAL_LOSS),
+            *_of_experts(model),
         ]
         return curves + [Tag(f"{c.name} vs samples", c.key, c.factor, SAMPLES) for c in curves]
     if scheme == "torchtitan":
@@ -90,5 +112,5 @@ def tags(scheme: str, flops_per_token: float, memory_total_gib: float | None) ->
         if memory_total_gib:
             curves.append(Tag("memory/max_reserved(%)", MEMORY_GIB, 100.0 / memory_total_gib))
         return curves
-    curves = [Tag(key, key) for key in (*ROW[1:], EVAL_LOSS)]
+    curves = [Tag(key, key) for key in (*ROW[1:], EVAL_LOSS, AUX_LOSS, Z_LOSS, MTP_LOSS)]
     return curves + [Tag(f"{key}_by_{x}", key, x=x) for key in (LOSS, EVAL_LOSS) for x in (TOKENS, SAMPLES)]

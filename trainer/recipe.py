@@ -56,6 +56,12 @@ class Recipe:
             f"must not exceed model.max_length {self.model.max_length}, but is {self.data.seq_len}",
             "shorten data.seq_len or raise model.max_length",
         )
+        check(
+            self.model.mtp.depth < self.data.seq_len,
+            "model.mtp.depth",
+            f"must be below data.seq_len {self.data.seq_len}, but is {self.model.mtp.depth}",
+            f"set model.mtp.depth={self.data.seq_len - 1} or less",
+        )
         self.parallel_layout = self._layout()
         self.parallel_layout.check_batch(self.train.global_batch)
         self.parallel_layout.pipeline(self.train.global_batch)
@@ -66,7 +72,8 @@ class Recipe:
         """The layout with what was left out: dp from `launcher.ranks`, the micro-batch from the batch and pp."""
         keys, ranks = dataclasses.asdict(self.layout), self.launcher.ranks
         if ranks and not keys["dp"]:
-            replica = Layout(**keys | {"dp": 1, "micro_batch": 1, "zero_group": None}).world_size
+            alone = {"dp": 1, "micro_batch": 1, "zero_group": None, "ep": 1, "etp": 1, "outer_groups": None}
+            replica = Layout(**keys | alone).world_size
             check(
                 ranks % replica == 0,
                 f"launcher.ranks {ranks}",

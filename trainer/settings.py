@@ -49,10 +49,10 @@ class TrainSettings:
         check_choice("train.precision", self.precision, ("auto", "fp32", "bf16", "fp64"))
         check_choice("train.kernels", self.kernels, ("auto", "plain"))
         check(
-            self.name is None or (self.name not in ("", ".", "..") and "/" not in self.name),
+            self.name is None or (self.name not in ("", ".", "..") and "/" not in self.name and len(self.name) < 200),
             "train.name",
-            f"must be one folder's name, but is {self.name!r}",
-            "put the parent folder into train.out",
+            f"must be one folder's name of fewer than 200 letters, but is {self.name!r}",
+            "put a parent folder into train.out",
         )
 
     @property
@@ -138,6 +138,16 @@ class LayoutSettings:
     """How attention brings them together: `ring`, `ulysses` (heads over ranks), or `hybrid`."""
     cp_ulysses: int = 2
     """Ranks of `cp` that `hybrid` exchanges heads among, with a ring over the others."""
+    ep: int = 1
+    """Ranks over which the experts of a layer are spread (expert parallelism), of those of `dp` x `cp` x `tp`."""
+    etp: int = 1
+    """Ranks that share every matrix of one expert."""
+    dispatch: str = "auto"
+    """How copies of tokens get to their experts: `flat`, each to its expert's rank; `two_level`, a token once to each
+    group of ranks and from there on; `auto`: two-level where a group of `ep` spans a slower network."""
+    outer_groups: int | None = None
+    """Groups of `ep` that a token goes to once each in two-level dispatch; left out, those that the machine makes, or
+    two."""
     zero: int = 0
     """ZeRO: what ranks of `dp` x `cp` cut among them: 0 nothing, 1 the optimizer's state, 2 gradients too, 3 weights
     too."""
@@ -192,6 +202,8 @@ class MetricsSettings:
     trace: bool = False
     """Write `trace.json`, a Chrome trace of all ranks' passes, collectives and waiting, of three steps: the second to
     the fourth after the start or a resume. It opens in Perfetto and chrome://tracing."""
+    routing: bool = False
+    """Write `routing/step-…-rank-….npz`: the experts that each token went to in each layer, of every step. On CPU."""
 
     def __post_init__(self) -> None:
         check_choice("metrics.tags", self.tags, ("busway", "megatron", "torchtitan"))

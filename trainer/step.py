@@ -9,22 +9,23 @@ tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
-from models.decoder import Decoder
 from models.kernels import Kernels
+from models.segments import Shared
 from models.weights import Reader, Weight
 from parallel.apply import Parallelized
 from parallel.data import DataParallel
 from parallel.pipeline import Engine, Stage, Sums
 from parallel.sharded import ShardedStage, Shards
 from parallel.trace import COMPUTE
-from trainer.data.loader import Batch
+from trainer.data.loader import NO_LOSS, Batch
 from trainer.settings import OptimizerSettings
 
 
@@ -46,13 +47,13 @@ class Weights:
     """A rank's weights, and what the optimizer has of them, as MindSpore Parameters in the order of `specs`.
 
     `values` are what graphs read, or gather from; `masters` what the optimizer writes (the same, or pieces: `data`
-    says), with two moments each.
+    says), with two moments of each that AdamW updates: `trained` are the places of these.
     """
 
     def __init__(self, specs: Sequence[Weight], data: DataParallel, read: Reader, dtype: type) -> None:
         self.specs, self.data, self.dtype = tuple(specs), data, dtype
         held = data.cut if data.gathers else lambda weight, value: value
-        starts = ((weight.name, held(weight, weight.stack(read))) for weight in specs)
+        starts = ((weight.name, held(weight, _start(weight, read))) for weight in specs)
         self.values = ParameterTuple([_parameter(value, dtype, name) for name, value in starts])
         self.masters = self.values
         if data.publishes:
@@ -60,32 +61,48 @@ class Weights:
             self.masters = ParameterTuple(
                 [_parameter(value, dtype, f"master.{weight.name}") for weight, value in zip(specs, cut, strict=True)]
             )
-        self.first = self.masters.clone(prefix="first", init="zeros")
-        self.second = self.masters.clone(prefix="second", init="zeros")
+        self.trained = tuple(i for i, weight in enumerate(self.specs) if weight.update == "adamw")
+        trained = ParameterTuple([self.masters[i] for i in self.trained])
+        self.first = trained.clone(prefix="first", init="zeros")
+        self.second = trained.clone(prefix="second", init="zeros")
 
     def load(self, kind: str, read: Reader) -> None:
         """Set every tensor of `kind`, ``first`` or ``second``, from a parameter reader."""
-        for weight, parameter in zip(self.specs, getattr(self, kind), strict=True):
+        for weight, parameter in zip(self._specs(kind), getattr(self, kind), strict=True):
             value = self.data.cut(weight, weight.stack(read))
             parameter.set_data(Tensor(np.ascontiguousarray(value, self.dtype)))
 
     def own(self, kind: str) -> dict[str, np.ndarray]:
         """What this rank writes into a checkpoint of `kind`, a key of `kinds`: what it holds first of all ranks."""
-        values = {}
-        for weight, parameter in zip(self.specs, self.kinds()[kind], strict=True):
-            entries = self.data.weight_entries if kind == "weights" else self.data.entries
-            values |= entries(weight, parameter.asnumpy())
-        return values
+        return dict(chain(*(entries(weight, p.asnumpy()) for weight, p, entries in self._entries(kind))))
 
     def writes(self, kind: str) -> bool:
         """Whether this rank writes anything of `kind`."""
+        return any(
+            True for weight, p, entries in self._entries(kind) for _ in entries(weight, np.broadcast_to(0, p.shape))
+        )
+
+    def counted(self) -> dict[str, np.ndarray]:
+        """As `own`, of what AdamW does not update: tallies, and biases of choices."""
+        found = [(w, p) for w, p in zip(self.specs, self.values, strict=True) if w.update != "adamw"]
+        return dict(chain(*(self.data.weight_entries(weight, p.asnumpy()) for weight, p in found)))
+
+    def _entries(self, kind: str) -> Iterator[tuple[Weight, Parameter, Callable]]:
         entries = self.data.weight_entries if kind == "weights" else self.data.entries
-        shapes = [p.shape for p in self.kinds()[kind]]
-        return any(True for w, s in zip(self.specs, shapes, strict=True) for _ in entries(w, np.broadcast_to(0, s)))
+        for weight, parameter in zip(self._specs(kind), self.kinds()[kind], strict=True):
+            if weight.update != "tally":
+                yield weight, parameter, entries
+
+    def _specs(self, kind: str) -> Sequence[Weight]:
+        return self.specs if kind == "weights" else [self.specs[i] for i in self.trained]
 
     def kinds(self) -> dict[str, ParameterTuple]:
         """What a checkpoint holds, by kind."""
         return {"weights": self.values, "first": self.first, "second": self.second}
+
+
+def _start(weight: Weight, read: Reader) -> np.ndarray:
+    return np.zeros(weight.shape) if weight.update == "tally" else weight.stack(read)
 
 
 def _parameter(value: np.ndarray, dtype: type, name: str) -> Parameter:
@@ -98,7 +115,7 @@ class Gradients(nn.Cell):
     `sums` is [loss sum, valid tokens]; all three inputs are int32 [micro_batch * seq_len].
     """
 
-    def __init__(self, model: Decoder, values: ParameterTuple, tables: tuple[Tensor, Tensor]) -> None:
+    def __init__(self, model: Shared, values: ParameterTuple, tables: tuple[Tensor, Tensor]) -> None:
         super().__init__(auto_prefix=False)
         self.model, self.values, self.tables = model, values, tables
         self.total = ops.ReduceSum()
@@ -106,7 +123,7 @@ class Gradients(nn.Cell):
     def loss(self, tokens, labels, first_key):
         """`(sums, saved)` of the forward pass."""
         loss, saved = self.model.forward(tokens, self.values, (tokens, labels, first_key) + self.tables)
-        valid = self.total(ops.cast(labels >= 0, loss.dtype)).reshape((1,))
+        valid = self.total(ops.cast(labels[: tokens.shape[0]] >= 0, loss.dtype)).reshape((1,))
         return ops.concat((loss, valid)), saved
 
     def run(self, tokens, labels, first_key):
@@ -120,15 +137,26 @@ class Gradients(nn.Cell):
 class Finish(nn.Cell):
     """Reduction over ranks, clip and AdamW: `run(sums, gradients, lr, step, stop) -> statistics`.
 
-    statistics: [loss sum, valid tokens, gradient norm, ranks that were told to stop].
+    statistics: [loss sum, valid tokens, gradient norm, ranks that were told to stop]. Routers' tallies are kept, and
+    the biases of their choices go `bias_rate` toward the experts that got fewer copies in this step than the `even`
+    share.
     """
 
-    def __init__(self, weights: Weights, kernels: Kernels, settings: OptimizerSettings, dtype: type) -> None:
+    def __init__(
+        self, weights: Weights, kernels: Kernels, settings: OptimizerSettings, dtype: type, bias_rate: float = 0.0,
+        even: float = 0.0,
+    ) -> None:  # fmt: skip
         super().__init__(auto_prefix=False)
-        self.values, self.masters = weights.values, weights.masters
-        self.first, self.second, self.data = weights.first, weights.second, weights.data
+        self.values, self.data, self.trained = weights.values, weights.data, weights.trained
+        self.masters = ParameterTuple([weights.masters[i] for i in weights.trained])
+        self.first, self.second = weights.first, weights.second
+        self.others = tuple(i for i, weight in enumerate(weights.specs) if i not in weights.trained)
+        self.counters = tuple(weights.masters[i] for i in self.others)
+        self.balances = tuple(weights.specs[i].update == "balance" for i in self.others)
+        self.rate, self.even = Tensor(np.array([bias_rate], dtype)), Tensor(np.array([even], dtype))
         self.adamw = kernels.AdamW(settings.betas[0], settings.betas[1], settings.eps)
-        self.decays = Tensor(np.array([settings.weight_decay * w.decays for w in weights.specs], dtype))
+        decays = [settings.weight_decay * weights.specs[i].decays for i in weights.trained]
+        self.decays = Tensor(np.array(decays, dtype))
         self.clips = settings.clip > 0
         self.clip = Tensor(np.array([settings.clip], dtype))
         self.one = Tensor(np.ones(1, dtype))
@@ -147,8 +175,17 @@ class Finish(nn.Cell):
         factor = self.one / count
         if self.clips:
             factor = factor * ops.minimum(self.one, self.clip / (norm + self.tiny))
-        done = self.adamw.forward(self.masters, self.first, self.second, gradients, self.decays, factor, lr, step)
-        return ops.depend(ops.concat((sums[0:2], norm, sums[2:3])), done)
+        trained = ()
+        for i in self.trained:
+            trained = trained + (gradients[i],)
+        done = self.adamw.forward(self.masters, self.first, self.second, trained, self.decays, factor, lr, step)
+        result = ops.depend(ops.concat((sums[0:2], norm, sums[2:3])), done)
+        for k, i in enumerate(self.others):
+            value = gradients[i]
+            if self.balances[k]:
+                value = self.counters[k] + self.rate * ops.sign(self.even - value)
+            result = ops.depend(result, ops.assign(self.counters[k], value))
+        return result
 
 
 class WholeStep(nn.Cell):
@@ -235,18 +272,18 @@ class TrainStep:
     """`step(batch, lr, number, stop) -> Outcome`, and `evaluate(batches) -> mean loss`.
 
     `tables` are the rotary cosines and sines of this rank's positions in a sequence of `seq_len`; `shape` is that of
-    the stream that pipeline ranks exchange.
+    the stream that pipeline ranks exchange; `ahead` is how many tokens further the model predicts.
     """
 
     def __init__(
         self, parallel: Parallelized, weights: Weights, finish: Finish, micro_batches: int,
-        tables: Sequence[np.ndarray], shape: tuple[int, ...], seq_len: int, dtype: type,
+        tables: Sequence[np.ndarray], shape: tuple[int, ...], seq_len: int, dtype: type, ahead: int = 0,
     ) -> None:  # fmt: skip
-        self.dtype, self.seq_len, self.positions = dtype, seq_len, parallel.positions
+        self.dtype, self.seq_len, self.positions, self.ahead = dtype, seq_len, parallel.positions, ahead
         self.span = partial(parallel.collectives.recorder.span, COMPUTE)
         self.total = Total(parallel.data)
         self.publish = Publish(weights) if parallel.data.publishes else None
-        self.whole = self.engine = None
+        self.whole = self.engine = self.routing = None
         tables = tuple(Tensor(table) for table in tables)
         if parallel.schedule is None:
             gradients = Gradients(parallel.stages[0], weights.values, tables)
@@ -313,8 +350,23 @@ class TrainStep:
 
     def _inputs(self, batch: Batch) -> list[list[Tensor]]:
         """Tokens and labels of this rank, and first keys of whole sequences, of each micro-batch."""
-        fields = (self._own(batch.tokens), self._own(batch.labels), batch.first_key)
+        labels = [batch.labels]
+        for k in range(1, self.ahead + 1):
+            labels += [self._later(batch.tokens, k), self._later_labels(batch.labels, k)]
+        fields = (self._own(batch.tokens), np.concatenate([*map(self._own, labels)], axis=1), batch.first_key)
         return [[Tensor(field[i]) for field in fields] for i in range(len(batch.tokens))]
+
+    def _later(self, field: np.ndarray, ahead: int) -> np.ndarray:
+        """What comes `ahead` tokens later in the same sequence, -1 behind it."""
+        sequences = field.reshape(len(field), -1, self.seq_len)
+        later = np.full_like(sequences, NO_LOSS)
+        later[:, :, : self.seq_len - ahead] = sequences[:, :, ahead:]
+        return later.reshape(field.shape)
+
+    def _later_labels(self, labels: np.ndarray, ahead: int) -> np.ndarray:
+        """Later labels, and none behind a token without a label: there a document may end."""
+        runs = np.stack([self._later(labels, k) for k in range(ahead + 1)])
+        return np.where((runs >= 0).all(0), runs[-1], NO_LOSS)
 
     def _own(self, field: np.ndarray) -> np.ndarray:
         """[micro-batches, this rank's tokens] of a field over whole sequences."""

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from models.checks import ConfigError
 from models.config import ModelConfig
+from models.shapes import TRAINING
 from trainer import checkpoint, launch, machine, precision, run_directory
 from trainer.callbacks.console import terminal
 from trainer.callbacks.summary import note_failure
@@ -165,26 +166,56 @@ def _be_a_rank(recipe: Recipe, name: str) -> int:
 
 
 def _check_start(recipe: Recipe) -> None:
-    """Folders that the run starts from must be there and fit."""
+    """Folders that the run starts from must be there and fit, and the device must be able to record routing."""
+    if recipe.metrics.routing and not recipe.model.moe.experts:
+        raise InputError("metrics.routing=true needs a model with experts; leave it out")
+    if recipe.metrics.routing and machine.device() == "Ascend":
+        raise InputError(
+            "metrics.routing=true needs operators that are written in Python, which run on CPU alone; leave it out"
+        )
     resume, init_from = recipe.checkpoint.resume, recipe.checkpoint.init_from
     if resume not in ("none", "auto"):
         checkpoint.check(Path(resume))
     if init_from:
         from trainer.weight_files import read_weights
 
-        theirs, ours = (_function_of(config) for config in (read_weights(init_from).config, recipe.model))
-        for key, value in ours.items():
-            if theirs[key] != value:
+        model = read_weights(init_from).config
+        theirs, ours = _function_of(model), _function_of(recipe.model)
+        for key in theirs | ours:
+            if theirs.get(key) != ours.get(key):
                 raise InputError(
-                    f"checkpoint.init_from={init_from}: its model has {key} {theirs[key]}, but model.{key} is {value}; "
-                    f"set the model's keys to those of the weights"
+                    f"checkpoint.init_from={init_from}: its model has {key} {theirs.get(key)}, but model.{key} is "
+                    f"{ours.get(key)}; set the model's keys to those of the weights"
                 )
+        _check_counted(init_from, model, recipe.model)
 
 
 def _function_of(model: ModelConfig) -> dict[str, object]:
-    """What two models must share to compute the same function."""
+    """What two models must share to compute the same function, less what only training reads."""
     shared = asdict(model) | {"head_dim": model.head_width}
-    return {key: value for key, value in shared.items() if key not in ("max_length", "init_std")}
+    sections = {key: shared.pop(key) for key in ("rope_scaling", "latent", "moe")}
+    unread = {"max_length", "init_std", "mtp"} | ({"kv_heads", "head_dim"} if model.latent.kv_rank else set())
+    scaled = model.rope_scaling.kind != "none"
+    given = {"rope_scaling": scaled, "latent": model.latent.kv_rank, "moe": model.moe.experts}
+    flat = {"latent.kv_rank": model.latent.kv_rank, "moe.experts": model.moe.experts}
+    flat |= {key: value for key, value in shared.items() if key not in unread}
+    for section, values in sections.items():
+        kept = {key: value for key, value in values.items() if section != "moe" or key not in TRAINING}
+        flat |= {f"{section}.{key}": value for key, value in kept.items()} if given[section] else {}
+    return flat
+
+
+def _check_counted(init_from: str, theirs: ModelConfig, ours: ModelConfig) -> None:
+    """Biases of choices and further layers, which some models of one function have and others have not."""
+    start = f"checkpoint.init_from={init_from}:"
+    if theirs.moe.biased != ours.moe.biased:
+        has, value = ("a", "above 0") if theirs.moe.biased else ("no", "to 0")
+        raise InputError(f"{start} its routers have {has} bias of the choice; set model.moe.bias_rate {value}")
+    if theirs.mtp.depth < ours.mtp.depth:
+        raise InputError(
+            f"{start} its model predicts {theirs.mtp.depth} further tokens, but model.mtp.depth is {ours.mtp.depth}; "
+            f"set model.mtp.depth={theirs.mtp.depth}"
+        )
 
 
 def _check_memory(recipe: Recipe, local_ranks: int) -> None:

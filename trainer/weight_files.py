@@ -15,7 +15,6 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,42 +26,22 @@ from yaml import YAMLError
 from models import huggingface
 from models.checks import ConfigError
 from models.config import ModelConfig, ParameterSpec
-from models.weights import Part, Region, assemble, parse_key
+from models.weights import Part, Region, Run, assemble, parse_key, whole
 from trainer.errors import InputError
 from trainer.files import flush
+from trainer.quantised import Quantised, with_factors
+from trainer.weight_tensor import DTYPES, Tensor
 
 CONFIG = "model.yaml"
 THEIR_CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """One tensor of a safetensors file, not yet read."""
-
-    file: Path
-    dtype: str
-    """As the format spells it: F64, F32, F16 or BF16."""
-    shape: tuple[int, ...]
-    data: np.ndarray
-    """Its bytes, a view of the memory-mapped file."""
-
-    def read(self, region: tuple[slice, ...]) -> np.ndarray:
-        """A copy of a region in float32, or in float64 where the file has that."""
-        kind = "uint16" if self.dtype == "BF16" else _DTYPES[self.dtype]
-        stored = self.data.view(np.dtype(kind).newbyteorder("<")).reshape(self.shape)[region]
-        if self.dtype == "BF16":
-            return (stored.astype(np.uint32) << 16).view(np.float32)
-        return stored.astype(np.promote_types(stored.dtype, np.float32))
-
 
 class Weights:
     """The parameters of one model in a directory, ours or Hugging Face's, read when asked for, by our names."""
 
-    def __init__(self, config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, config: ModelConfig, tensors: Mapping[str, Tensor | Quantised]) -> None:
         self.config = config
         self.tensors = tensors
 
@@ -90,9 +69,11 @@ def read_weights(directory: Path | str) -> Weights:
 def read_huggingface(directory: Path) -> Weights:
     """Open a directory as transformers' `save_pretrained` writes it."""
     path = directory / THEIR_CONFIG
-    config = config_of_json(path)
+    config, found = config_of_json(path), _tensors(directory)
+    if not any(huggingface.is_later(config, name) for name in found):
+        config.mtp.depth = 0  # transformers writes the key, and leaves the weights out
+    found = with_factors(found, huggingface.quantised_block(_load_object(path)))
     names = huggingface.names(config)
-    found = _tensors(directory)
     found = {name: tensor for name, tensor in found.items() if not huggingface.is_harmless(config, name)}
     return _match(directory, path, config, names, found)
 
@@ -101,21 +82,25 @@ def read_busway(directory: Path) -> Weights:
     """Open a directory as `busway convert from-hf` writes it, or a checkpoint's."""
     path = directory / CONFIG
     config = _config_of_yaml(path)
-    return _match(directory, path, config, {spec.name: spec.name for spec in config.parameters()}, _tensors(directory))
+    specs = config.parameters()
+    found = _tensors(directory, {spec.name: spec.shape for spec in specs})
+    return _match(directory, path, config, {spec.name: spec.name for spec in specs}, found)
 
 
 def save_safetensors(
-    path: Path, tensors: Mapping[str, Tensor | np.ndarray], metadata: Mapping[str, str] | None = None
+    path: Path, tensors: Mapping[str, Tensor | Quantised | np.ndarray], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write a safetensors file through to the disk, with the mode that the umask gives.
 
     Raises:
         OSError: as any writing does; the library's own error hides the system's, and its file's mode is 0600.
     """
-    data = {name: x.data if isinstance(x, Tensor) else np.ascontiguousarray(x) for name, x in tensors.items()}
+    data = {
+        name: x.data if isinstance(x, Tensor | Quantised) else np.ascontiguousarray(x) for name, x in tensors.items()
+    }
     specs = {}
     for name, x in tensors.items():
-        dtype = _DTYPES[x.dtype] if isinstance(x, Tensor) else x.dtype.name
+        dtype = DTYPES[x.dtype] if isinstance(x, Tensor | Quantised) else x.dtype.name
         place, size = data[name].ctypes.data, data[name].nbytes
         specs[name] = TensorSpec(dtype=dtype, shape=x.shape, data_ptr=place, data_len=size)
     path.touch()
@@ -169,7 +154,11 @@ def _load_object(path: Path) -> dict[str, object]:
 
 
 def _match(
-    directory: Path, config_path: Path, config: ModelConfig, names: Mapping[str, str], found: Mapping[str, Tensor]
+    directory: Path,
+    config_path: Path,
+    config: ModelConfig,
+    names: Mapping[str, str],
+    found: Mapping[str, Tensor | Quantised],
 ) -> Weights:
     """Give each parameter its tensor; `names` maps ours to those of the files."""
     remedy = f"{config_path.name} and the weights must be of one model"
@@ -182,9 +171,9 @@ def _match(
         if tensor.shape != spec.shape:
             shape, wanted = list(tensor.shape), list(spec.shape)
             raise InputError(f"{tensor.file}: tensor {name} must have shape {wanted}, but has {shape}; {remedy}")
-        if tensor.dtype not in _DTYPES:
+        if tensor.dtype not in DTYPES:
             raise InputError(
-                f"{tensor.file}: tensor {name} must be of dtype {', '.join(_DTYPES)}, but is {tensor.dtype}; "
+                f"{tensor.file}: tensor {name} must be of dtype {', '.join(DTYPES)}, but is {tensor.dtype}; "
                 "save it unquantised first"
             )
     extra = sorted(found.keys() - set(names.values()))
@@ -194,16 +183,17 @@ def _match(
     return Weights(config, tensors)
 
 
-def _tensors(directory: Path) -> dict[str, Tensor]:
+def _tensors(directory: Path, shapes: Mapping[str, tuple[int, ...]] | None = None) -> dict[str, Tensor]:
     """Every tensor of a directory, from its single file or, as in transformers only without one, from the index.
 
-    A checkpoint whose ranks wrote slices has neither: its tensors are put together, in memory.
+    A checkpoint whose ranks wrote slices has neither: its tensors, of which `shapes` says how large they are, are put
+    together, in memory.
     """
     if (directory / SINGLE).is_file():
         return _tensors_of_file(directory / SINGLE)
     index = directory / INDEX
     if not index.is_file() and (slices := sorted(directory.glob(f"{Path(SINGLE).stem}-*-of-*.safetensors"))):
-        return _put_together(slices)
+        return _put_together(slices, shapes or {})
     if not index.is_file():
         raise InputError(
             f"{directory} has neither {SINGLE} nor {INDEX}; if its weights are in another format, save them as "
@@ -221,21 +211,26 @@ def _tensors(directory: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _put_together(files: Sequence[Path]) -> dict[str, Tensor]:
-    """The tensors of which each of several files has slices."""
-    pieces: dict[str, list[tuple[Region | None, Tensor]]] = {}
+def _put_together(files: Sequence[Path], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The tensors of which each of several files has slices, or runs of them. One without a shape keeps its own."""
+    pieces: dict[str, list[tuple[Region | None, Run | None, Tensor]]] = {}
     for file in files:
         for key, tensor in _tensors_of_file(file).items():
-            name, region, _ = parse_key(key)
-            pieces.setdefault(name, []).append((region, tensor))
+            name, region, run = parse_key(key)
+            pieces.setdefault(name, []).append((region, run, tensor))
     tensors = {}
     for name, held in pieces.items():
-        first = held[0][1]
-        kind = np.dtype("uint16" if first.dtype == "BF16" else _DTYPES[first.dtype])
-        shape = tuple(max(stops) for stops in zip(*([s for _, s in r] if r else t.shape for r, t in held), strict=True))
-        part = Part(ParameterSpec(name, shape, "normal"), tuple((0, size) for size in shape))
-        stored = [(region, None, tensor.data.view(kind).reshape(tensor.shape)) for region, tensor in held]
-        value = np.ascontiguousarray(assemble(part, stored))
+        first = held[0][2]
+        kind = np.dtype("uint16" if first.dtype == "BF16" else DTYPES[first.dtype])
+        shape = shapes.get(name, first.shape)
+        part = whole(ParameterSpec(name, shape, "normal"))
+        stored = [(region, run, tensor.data.view(kind).reshape(tensor.shape)) for region, run, tensor in held]
+        try:
+            value = np.ascontiguousarray(assemble(part, stored))
+        except ValueError as error:
+            raise InputError(
+                f"{first.file.parent}: {error}; model.yaml and the weights must be of one model"
+            ) from error
         tensors[name] = Tensor(first.file, first.dtype, shape, value.reshape(-1).view(np.uint8))
     return tensors
 

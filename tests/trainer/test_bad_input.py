@@ -118,7 +118,7 @@ def test_a_wrong_value_is_named_with_its_rule_and_remedy(fails, override):
 
 def test_an_unknown_recipe_names_those_that_there_are(fails):
     assert "unknown recipe 'llama3_8'; did you mean 'llama3_8b'?" in fails(2, recipe="llama3_8")
-    assert "known: llama3_405b, llama3_70b" in fails(2, recipe="gpt")
+    assert "known: deepseek_v3, llama3_405b" in fails(2, recipe="gpt")
 
 
 def test_a_large_recipe_asks_for_the_users_own_text(fails):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import resource
 import shutil
 import struct
@@ -20,7 +21,7 @@ from trainer.errors import InputError, MachineError
 from trainer.weight_files import read_weights, save_safetensors
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "huggingface"
-FAMILIES = ("llama", "qwen2", "qwen3")
+FAMILIES = ("llama", "qwen2", "qwen3", "mixtral", "qwen3_moe", "deepseek_v3")
 
 
 def run(*words: str | Path) -> int:
@@ -43,6 +44,22 @@ def raw_tensors(directory: Path) -> dict[str, tuple[str, list[int], bytes]]:
             assert name not in tensors
             tensors[name] = (entry["dtype"], entry["shape"], data[start:stop])
     return tensors
+
+
+def write_raw(path: Path, tensors: dict[str, tuple[str, list[int], bytes]]) -> None:
+    """The inverse, into one file."""
+    header, data = {}, b""
+    for name, (dtype, shape, content) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(content)]}
+        data += content
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> Path:
+    """A copy of the checkpoint in FP8 with a layer of multi-token prediction."""
+    return Path(shutil.copytree(FIXTURES / "deepseek_v3_published", tmp_path / "published"))
 
 
 @pytest.fixture
@@ -219,6 +236,73 @@ def test_a_missing_tensor_is_named(llama, tmp_path):
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, llama / "model.safetensors")
     refused(llama, tmp_path / "ours", r"tensor model\.layers\.1\.mlp\.up_proj\.weight is missing")
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        "model.layers.1.mlp.experts.6.up_proj.weight",
+        "model.layers.1.mlp.gate.e_score_correction_bias",
+        "model.layers.2.mlp.experts.0.down_proj.weight",
+        "model.layers.2.eh_proj.weight",
+        "model.layers.1.mlp.experts.3.gate_proj.weight_scale_inv",
+    ],
+)
+def test_missing_experts_and_factors_are_named(published, tmp_path, tensor):
+    tensors = raw_tensors(published)
+    del tensors[tensor]
+    tensors.pop(f"{tensor}_scale_inv", None)
+    write_raw(published / "model.safetensors", tensors)
+    refused(published, tmp_path / "ours", rf"tensor {re.escape(tensor)} is missing")
+
+
+def test_missing_experts_of_a_sharded_checkpoint_are_named(tmp_path):
+    source = Path(shutil.copytree(FIXTURES / "qwen3_moe", tmp_path / "qwen3_moe"))
+    index = json.loads((source / "model.safetensors.index.json").read_text())
+    lost = {name for name in index["weight_map"] if ".experts.5." in name}
+    tensors = {name: value for name, value in raw_tensors(source).items() if name not in lost}
+    for file in source.glob("model*"):
+        file.unlink()
+    write_raw(source / "model.safetensors", tensors)
+    refused(source, tmp_path / "ours", r"experts\.5\.gate_proj\.weight is missing")
+
+
+def test_published_fp8_becomes_bf16_and_keeps_the_further_layer(published, tmp_path):
+    run("from-hf", published, tmp_path / "ours")
+    run("to-hf", tmp_path / "ours", tmp_path / "theirs")
+    stored, written = raw_tensors(published), raw_tensors(tmp_path / "theirs")
+    assert set(written) == {name for name in stored if not name.endswith("_scale_inv")}
+    for name, (dtype, shape, content) in written.items():
+        if stored[name][0] == "F8_E4M3":
+            assert (dtype, shape) == ("BF16", stored[name][1])
+        else:
+            assert (dtype, shape, content) == stored[name], name
+    config = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    assert "quantization_config" not in config and config["num_nextn_predict_layers"] == 1
+    weights, again = read_weights(published), read_weights(tmp_path / "theirs")
+    assert weights.config == again.config
+    for name, tensor in weights.tensors.items():
+        everything = (slice(None),) * len(tensor.shape)
+        np.testing.assert_array_equal(tensor.read(everything), again.tensors[name].read(everything), name)
+
+
+def test_a_part_of_an_fp8_matrix_is_that_part_of_the_whole(published):
+    tensor = read_weights(published).tensors["layers.0.feed_forward.gate_proj.weight"]
+    whole = tensor.read((slice(None), slice(None)))
+    np.testing.assert_array_equal(tensor.read((slice(30, 50), slice(5, 33))), whole[30:50, 5:33])
+
+
+def test_without_its_further_layer_a_checkpoint_is_one_without_further_tokens(published, tmp_path):
+    tensors = {name: value for name, value in raw_tensors(published).items() if "layers.2." not in name}
+    write_raw(published / "model.safetensors", tensors)
+    assert read_weights(published).config.mtp.depth == 0
+
+
+def test_fp8_without_its_blocks_is_refused(published, tmp_path):
+    config = json.loads((published / "config.json").read_text())
+    del config["quantization_config"]
+    (published / "config.json").write_text(json.dumps(config))
+    refused(published, tmp_path / "ours", r"is of dtype F8_E4M3, but config\.json has no quantization_config")
 
 
 def test_an_unknown_tensor_is_named(llama, tmp_path):

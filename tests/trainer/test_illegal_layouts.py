@@ -74,8 +74,46 @@ ILLEGAL = {
     "tp=2 pp=2 launcher.ranks=5": ("launcher.ranks 5 must be a multiple of the 4 ranks", "set launcher.ranks=4 (the"),
     "recompute=[8]": ("layout.recompute [8] must list layers from 0 to 7", "or set layout.recompute=selective"),
 }
-"""Keys of the layout of `tiny_dense`, and others with their section -> what must be said."""
-REMEDY = re.compile(r"; set ((?:layout|train|data|launcher)\.\w+=[^,;( [\]]+(?: layout\.micro_batch=1)?)")
+"""Keys of the layout of `tiny_dense`, and others with their section -> what must be said of them."""
+ILLEGAL_EXPERTS = {
+    "dp=4 ep=3": ("layout.ep 3 x layout.etp 1 = 3 must divide dp 4 x cp 1 x tp 1 = 4", "set layout.ep=2 (the nearest)"),
+    "dp=2 ep=4": ("layout.ep 4 x layout.etp 1 = 4 must divide dp 2 x cp 1 x tp 1 = 2", "set layout.ep=2 (the nearest)"),
+    "dp=4 ep=4 etp=2": ("layout.ep 4 x layout.etp 2 = 8 must divide dp 4", "set layout.ep=2 (the nearest)"),
+    "dp=8 ep=8 etp=3": ("layout.ep 8 x layout.etp 3 = 24 must divide dp 8", "set layout.etp=1 (the nearest)"),
+    "ep=0": ("layout.ep must be at least 1, but is 0", "set layout.ep=1 or more"),
+    "dp=8 ep=8 model.moe.experts=12": ("layout.ep 8 must divide model.moe.experts 12", "set layout.ep=4 (the nearest)"),
+    "dp=8 etp=8 model.moe.ffn=100": ("layout.etp 8 must divide model.moe.ffn 100", "set layout.etp=4 (the nearest)"),
+    "dp=4 ep=4 dispatch=tow_level": ("layout.dispatch must be one of auto, flat", "did you mean 'two_level'?"),
+    "dp=4 ep=4 outer_groups=3": (
+        "layout.outer_groups 3 must be above 1 and divide layout.ep 4",
+        "set layout.outer_groups=2",
+    ),
+    "dp=4 ep=4 dispatch=two_level outer_groups=1": (
+        "layout.outer_groups 1 must be above 1",
+        "set layout.outer_groups=2",
+    ),
+    "dp=4 ep=4 dispatch=flat outer_groups=2": ("must be left out with layout.dispatch=flat", "leave it out"),
+    "tp=4 data.seq_len=126": ("layout.tp 4 must divide the 126 tokens", "set layout.tp=2 (the nearest)"),
+    "dp=2 ep=2 model.moe.experts=0": (
+        "layout.ep 2 x layout.etp 1 must be 1, as the model has no experts",
+        "layout.ep=1",
+    ),
+    "model.moe.top_k=9": ("model.moe.top_k 9 must not exceed the 8 experts", "set model.moe.top_k=8 or less"),
+    "model.moe.groups=3": (
+        "model.moe.groups 3 must divide model.moe.experts 8",
+        "set model.moe.groups=2 (the nearest)",
+    ),
+    "model.moe.groups=4 model.moe.top_groups=5": ("model.moe.top_groups 5 must not exceed model.moe.groups 4", "=4"),
+    "model.moe.groups=4 model.moe.top_k=4": ("must not exceed the 2 experts that a token chooses from", "top_k=2"),
+    "model.moe.capacity=0": ("model.moe.capacity must be above 0, but is 0.0", "set model.moe.capacity to a number"),
+    "model.moe.aux_loss=sequences": ("model.moe.aux_loss must be one of sequence, global", "did you mean 'sequence'?"),
+    "model.moe.ffn=0": ("model.moe.ffn must be at least 1, but is 0", "set model.moe.ffn=1 or more"),
+    "model.mtp.depth=128": ("model.mtp.depth must be below data.seq_len 128", "set model.mtp.depth=127 or less"),
+}
+"""The same of `tiny_moe`."""
+CASES = [("tiny_dense", layout, said) for layout, said in ILLEGAL.items()]
+CASES += [("tiny_moe", layout, said) for layout, said in ILLEGAL_EXPERTS.items()]
+REMEDY = re.compile(r"; set ((?:layout|train|data|launcher|model)\.\w+=[^,;( [\]]+(?: layout\.micro_batch=1)?)")
 
 
 def test_ranks_and_a_shard_group_make_a_legal_layout_together():
@@ -90,17 +128,20 @@ def test_without_a_micro_batch_every_schedule_has_enough():
         assert layout.check_batch(10) == count, schedule
 
 
-@pytest.mark.parametrize("layout", ILLEGAL)
-def test_an_illegal_layout_is_one_line_with_its_rule_and_what_would_do(layout, capsys, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("recipe", "layout", "said"), CASES, ids=[" ".join(case[:2]) for case in CASES])
+def test_an_illegal_layout_is_one_line_with_its_rule_and_what_would_do(
+    recipe, layout, said, capsys, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "mindspore", None)
-    keys = ["layout.tp=1", "layout.pp=1", "layout.micro_batch=1"]
+    axes = ("tp", "pp", "micro_batch") if recipe == "tiny_dense" else ("dp", "ep", "micro_batch")
+    keys = [f"layout.{axis}=1" for axis in axes]
     keys += [key if "." in key.split("=")[0] else f"layout.{key}" for key in layout.split()]
-    assert cli.main(["train", "tiny_dense", *keys]) == 2
+    assert cli.main(["train", recipe, *keys]) == 2
     printed = capsys.readouterr()
     (line,) = printed.err.splitlines()
-    for text in ILLEGAL[layout]:
+    for text in said:
         assert text in line
     assert printed.out == "" and list(tmp_path.iterdir()) == []
     if remedy := REMEDY.search(line):
-        compose_recipe("tiny_dense", [*keys, *remedy[1].split()])
+        compose_recipe(recipe, [*keys, *remedy[1].split()])

@@ -5,11 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from models.config import ModelConfig
+from models.shapes import ExpertsConfig, PredictionConfig
 from trainer import metrics
 from trainer.meter import Meter
 from trainer.step import Outcome
 
 PEAK_TFLOPS = 0.5
+MODEL = ModelConfig(
+    layers=2, hidden=8, ffn=8, heads=2, kv_heads=2, vocab=16, moe=ExpertsConfig(experts=2, ffn=8, z_coef=0.1),
+    mtp=PredictionConfig(depth=1),
+)  # fmt: skip
 TOPOLOGY = f"""
 name: bench
 rank: {{name: core, memory_gib: 2, memory_bandwidth: null, peak_tflops: {{float32: {PEAK_TFLOPS}}}}}
@@ -90,9 +96,16 @@ def test_mfu_takes_the_peak_of_the_topology(runs):
         assert f"peak: {PEAK_TFLOPS} TFLOP/s a rank (bench)" in run.stdout
 
 
+def test_megatrons_losses_of_experts_are_means_over_layers_without_coefficients():
+    factors = {tag.name: tag.factor for tag in metrics.tags("megatron", MODEL, 1.0, None)}
+    assert factors["load_balancing_loss"] == pytest.approx(1 / (3 * 0.001))
+    assert factors["z_loss"] == pytest.approx(1 / (3 * 0.1))
+    assert "mtp_1 loss" in factors
+
+
 def test_names_within_a_scheme_differ():
     for scheme in ("busway", "megatron", "torchtitan"):
-        names = [tag.name for tag in metrics.tags(scheme, 1.0, 64.0)]
+        names = [tag.name for tag in metrics.tags(scheme, MODEL, 1.0, 64.0)]
         assert len(names) == len(set(names))
 
 

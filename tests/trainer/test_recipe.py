@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from models.checks import ConfigError
 from trainer import cli
-from trainer.compose import compose_recipe, known_recipes, sweep
+from trainer.compose import BUILT_IN, compose_recipe, known_recipes, sweep
 from trainer.recipe import all_keys, key_reference, resolved
 
 KEYS_PAGE = Path(__file__).resolve().parents[2] / "docs" / "keys.md"
@@ -22,7 +22,18 @@ PUBLISHED = {
     "llama3_405b": 405_853_388_800,
     "qwen3_8b": 8_190_735_360,
     "qwen3_32b": 32_762_123_264,
+    "mixtral_8x7b": 46_702_792_704,
+    "qwen3_30b_a3b": 30_532_122_624,
+    "qwen3_235b_a22b": 235_093_634_560,
+    "deepseek_v3": 671_026_419_200,  # without the layer that predicts a second token
 }
+ROUNDED = {"pangu_ultra_moe": 718e9}
+"""Whose checkpoint's count is not published: the paper's figure, which leaves the embedding out."""
+ACTIVE = {
+    "mixtral_8x7b": 12.9e9, "qwen3_30b_a3b": 3.3e9, "qwen3_235b_a22b": 22e9, "deepseek_v3": 37e9,
+    "pangu_ultra_moe": 39e9,
+}  # fmt: skip
+TINY = ("tiny_dense", "tiny_moe")
 
 TOPOLOGY = """
 name: bench
@@ -39,8 +50,8 @@ def recipe_of(*words):
 @pytest.mark.parametrize("name", known_recipes())
 def test_every_packaged_recipe_composes_and_says_whose_text_it_wants(name):
     recipe = recipe_of(name)
-    assert bool(recipe.data.sources) == (name == "tiny_dense")
-    assert recipe.machine.name == ("cloudmatrix384" if name in PUBLISHED else "laptop")
+    assert bool(recipe.data.sources) == (name in TINY)
+    assert recipe.machine.name == ("laptop" if name in TINY else "cloudmatrix384")
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -48,8 +59,21 @@ def test_parameter_count_equals_the_published_checkpoint(name):
     assert recipe_of(name).model.parameter_count == PUBLISHED[name]
 
 
+@pytest.mark.parametrize("name", ACTIVE)
+def test_active_parameters_are_those_published(name):
+    model = recipe_of(name).model
+    left_out = model.vocab * model.hidden if name in ROUNDED else 0
+    assert model.active_parameter_count - left_out == pytest.approx(ACTIVE[name], rel=0.03)
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_a_rounded_count_is_met_to_its_digits(name):
+    model = recipe_of(name).model
+    assert round((model.parameter_count - model.vocab * model.hidden) / 1e9) == ROUNDED[name] / 1e9
+
+
 def test_all_published_models_have_a_recipe():
-    assert set(known_recipes()) == {*PUBLISHED, "tiny_dense"}
+    assert set(known_recipes()) == {*PUBLISHED, *ROUNDED, *TINY}
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
@@ -60,6 +84,15 @@ def test_the_built_in_recipe_is_legal_for_any_small_world(ranks):
     for size in (1, 2, 4):
         for dim in (model.layers, model.heads, model.kv_heads, model.hidden, model.ffn, model.vocab, 64):
             assert dim % size == 0
+
+
+@pytest.mark.parametrize("ep", [1, 2, 4])
+@pytest.mark.parametrize("axes", [{"dp": 4}, {"tp": 4}, {"cp": 4}, {"tp": 2, "dp": 2}, {"cp": 2, "tp": 2}])
+@pytest.mark.parametrize("pp", [1, 2, 4])
+def test_the_built_in_experts_lie_on_1_2_or_4_ranks_beside_the_other_axes(ep, axes, pp):
+    sizes = {"dp": 1, "pp": pp, "ep": ep, "micro_batch": 1, **axes}
+    recipe = recipe_of(BUILT_IN, *(f"layout.{key}={value}" for key, value in sizes.items()))
+    assert recipe.model.moe.experts and recipe.parallel_layout.world_size == 4 * pp
 
 
 def test_overrides_change_what_they_name_and_nothing_else():
@@ -174,7 +207,7 @@ def test_multirun_runs_every_combination_in_order(capsys):
     assert [(job["optimizer"]["lr"], job["train"]["seed"]) for job in seen] == [
         (1e-3, 0), (1e-3, 1), (1e-4, 0), (1e-4, 1),
     ]  # fmt: skip
-    assert jobs[0].split("\n")[0] == "tiny_dense optimizer.lr=0.001 train.seed=0 lr=cosine"
+    assert jobs[0].split("\n")[0] == f"{BUILT_IN} optimizer.lr=0.001 train.seed=0 lr=cosine"
 
 
 def test_a_list_is_one_value_and_several_values_are_a_sweep():

@@ -27,6 +27,12 @@ from trainer.weight_files import config_of_json
 STEPS = 6
 
 
+EXPERTS = (
+    "layout.ep=2", "model.moe.experts=2", "model.moe.top_k=2", "model.moe.ffn=24", "model.moe.score=sigmoid"
+)  # fmt: skip
+"""Where nothing compares, no rank may get more copies than it has room for."""
+
+
 @pytest.fixture(scope="module")
 def straight(busway):
     return busway.train("straight", "checkpoint.every=1", "checkpoint.keep=2", "train.eval_every=4")
@@ -185,9 +191,10 @@ def test_a_second_signal_ends_a_run_at_once_and_the_summary_says_so(busway):
     assert (summary["status"], summary["exit_code"]) == ("stopped_at_once", 130)
 
 
-def test_a_loss_that_is_not_finite_stops_both_ranks_and_spares_the_last_good_checkpoint(busway):
+@pytest.mark.parametrize("model", [(), EXPERTS], ids=["dense", "experts"])
+def test_a_loss_that_is_not_finite_stops_both_ranks_and_spares_the_last_good_checkpoint(busway, model):
     overrides = ("layout.dp=2", "optimizer.lr=1e30", "checkpoint.every=1")
-    run = busway.train("wild", *overrides, code=16)
+    run = busway.train(f"wild-{len(model)}", *overrides, *model, code=16)
     step = run.rows[-1]["step"] + 1
     assert re.fullmatch(
         rf"busway: rank \d: step {step}: the loss is \S+ and the gradient norm is \S+; .+\n", run.stderr

@@ -241,8 +241,8 @@ def reference_data(tmp_path_factory):
 def model_keys(folder):
     """The overrides that give the recipe the model of a converted folder."""
     model = yaml.safe_load((folder / "model.yaml").read_text())
-    scaling = model.pop("rope_scaling")
-    flat = model | {f"rope_scaling.{key}": value for key, value in scaling.items()}
+    sections = {key: model.pop(key) for key, value in list(model.items()) if isinstance(value, dict)}
+    flat = model | {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
     return [f"model.{key}={'null' if value is None else value}" for key, value in flat.items()]
 
 

@@ -94,6 +94,11 @@ class TensorBoard(Callback):
                     for tag in self.tags
                     if tag.x == x and values.get(tag.key) is not None
                 ]
+                for layer, figures in row.get(metrics.EXPERTS, {}).items() if x == metrics.STEP else ():
+                    names = {f"experts/{name}/layer_{int(layer):03}": value for name, value in figures.items()}
+                    scalars += [Summary.Value(tag=name, simple_value=value) for name, value in names.items()]
+                for level, size in row.get(metrics.DISPATCH_BYTES, {}).items() if x == metrics.STEP else ():
+                    scalars.append(Summary.Value(tag=f"experts/dispatch_bytes/{level}", simple_value=size))
                 writer.add_event(Event(wall_time=time.time(), step=places[x], summary=Summary(value=scalars)))
             if time.monotonic() > self.flushed + FLUSH_SECONDS:
                 self.flushed = time.monotonic()
