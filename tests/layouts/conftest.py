@@ -11,10 +11,11 @@ HEAD = """# Every layout trains the same model
 Largest relative difference from the one-rank run: of loss and gradient norm over all steps, of the held-out loss and of
 the final weights (each tensor's max|difference| / max|value|). The fp64 reference over 10 steps, within 1e-9; fp32 over
 20 steps, loss and gradient norm within the larger of 1e-5 and three times the control's (in brackets: the one-rank run
-from a start that is perturbed by one rounding). `make layouts` makes this file.
+from a start that is perturbed by one rounding). Of a token's experts in a layer and step, how many times the set is
+another in fp32, again with the control's. `make layouts` makes this file.
 
-| ranks | layout | keys | loss | grad norm | held-out | weights | fp32 loss | fp32 grad norm |
-|---|---|---|---|---|---|---|---|---|
+| ranks | layout | keys | loss | grad norm | held-out | weights | fp32 loss | fp32 grad norm | other experts |
+|---|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -33,11 +34,12 @@ class Table:
 
     def fp32(self, entry, found, control) -> None:
         """The same in fp32."""
-        cells = (f"{found[key]:.0e} ({control[key]:.0e})" for key in ("loss", "grad_norm"))
+        cells = [f"{found[key]:.0e} ({control[key]:.0e})" for key in ("loss", "grad_norm")]
+        cells.append(f"{found['flipped']} ({control['flipped'].split()[0]})" if found["flipped"] else "")
         self.rounded[entry.name] = " | " + " | ".join(cells) + " |\n"
 
     def __str__(self) -> str:
-        return HEAD + "".join(row + self.rounded.get(name, " | | |\n") for name, row in self.exact.items())
+        return HEAD + "".join(row + self.rounded.get(name, " | | | |\n") for name, row in self.exact.items())
 
 
 TABLE = Table()
@@ -51,7 +53,7 @@ def table() -> Table:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--table", metavar="FILE", help="write the table of layouts there")
     parser.addoption("--seed", type=int, default=1, help="of the layouts that test_random.py draws")
-    parser.addoption("--count", type=int, default=2, help="how many layouts test_random.py draws")
+    parser.addoption("--count", type=int, default=1, help="how many layouts test_random.py draws")
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:

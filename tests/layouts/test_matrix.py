@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from matrix import FP32, MATRIX, MODEL, Entry
-from worlds import beyond, difference, predicted, run_all, run_world, slug, words
+from matrix import FP32, MATRIX, MODEL, PAIR, Entry, entry
+from worlds import beyond, difference, flipped, predicted, run_all, run_world, slug, words
 
 from models.weights import initial_reader, weights_of
 from trainer.compose import compose_recipe
@@ -23,7 +23,8 @@ SEED = 11
 def exact(busway):
     """Runs in fp64."""
     steps = ("train.steps=10", "train.eval_every=5", "train.eval_batches=1", "train.precision=fp64")
-    return run_all(busway, MATRIX.values(), "fp64", *steps)
+    pair = [entry(name, 2, keys) for name, keys in PAIR.items()]
+    return run_all(busway, [*MATRIX.values(), *pair], "fp64", *steps)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,8 @@ def rounded(busway):
         control = Entry(f"control {base}", 1, ("layout.micro_batch=1",), model)
         start = perturbed(busway, model)
         run_world(busway, 1, [words(busway, control, "fp32", *steps, f"checkpoint.init_from={start}")])
-        controls[base] = difference(runs[base], busway.run(slug(control.name, "fp32")))
+        run = busway.run(slug(control.name, "fp32"))
+        controls[base] = difference(runs[base], run) | {"flipped": flipped(runs[base], run)}
     return runs, controls
 
 
@@ -74,6 +76,14 @@ def test_no_order_of_passes_and_no_split_backward_changes_a_bit(exact, name):
     assert all(np.array_equal(value, weights[key]) for key, value in first.weights().items())
 
 
+def test_layouts_that_share_dp_x_micro_batch_share_the_global_balance(exact):
+    """It is not that of the one-rank run, whose micro-step has one sequence."""
+    first, other = (exact[name] for name in PAIR)
+    assert beyond(difference(first, other)) == {}
+    alone = exact[" ".join(entry("", 1, next(iter(PAIR.values()))).model)]
+    assert difference(first, alone)["loss"] > 1e-9
+
+
 @pytest.mark.parametrize("name", MATRIX)
 def test_what_a_step_moves_is_the_formula(exact, name):
     assert exact[name].summary["traffic"] == predicted(exact[name])
@@ -83,7 +93,7 @@ def test_what_a_step_moves_is_the_formula(exact, name):
 def test_in_fp32_a_layout_differs_by_no_more_than_rounding(rounded, name, table):
     runs, controls = rounded
     base = " ".join(MATRIX[name].model)
-    found = difference(runs[base], runs[name])
+    found = difference(runs[base], runs[name]) | {"flipped": flipped(runs[base], runs[name])}
     allowed = {key: max(1e-5, 3 * controls[base][key]) for key in ("loss", "grad_norm")}
     table.fp32(MATRIX[name], found, controls[base])
     assert len(runs[name].rows) == 20

@@ -23,7 +23,7 @@ STEPS = 3
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "number" in metafunc.fixturenames:
-        metafunc.parametrize("number", range(metafunc.config.getoption("--count", 2)))
+        metafunc.parametrize("number", range(metafunc.config.getoption("--count", 1)))
 
 
 def draw(seed: int, number: int, recipe: str) -> Entry:
@@ -57,7 +57,34 @@ def _model(rng: random.Random) -> list[str]:
         "train.global_batch": rng.choice((4, 8)),
     }
     flags = ("model.qk_norm", "model.qkv_bias", "model.tied_embeddings", "data.mask_documents")
-    return [f"{key}={value}" for key, value in keys.items()] + [f"{key}={_word(rng.random() < 0.5)}" for key in flags]
+    words = [f"{key}={value}" for key, value in keys.items()] + [f"{key}={_word(rng.random() < 0.5)}" for key in flags]
+    if rng.random() < 0.2:
+        words += ["model.latent.kv_rank=16", f"model.latent.q_rank={rng.choice(('null', '24'))}"]
+        words += ["model.latent.nope=8", "model.latent.rope=4", "model.latent.value=8"]
+    return words + (_experts(rng) if rng.random() < 0.6 else [])
+
+
+def _experts(rng: random.Random) -> list[str]:
+    groups = rng.choice((1, 1, 2, 4))
+    keys = {
+        "experts": 8,
+        "top_k": rng.choice((1, 2, 4)),
+        "ffn": rng.choice((16, 24)),
+        "shared": rng.choice((0, 0, 1, 2)),
+        "first_dense": rng.choice((0, 0, 1)),
+        "every": rng.choice((1, 1, 2)),
+        "score": rng.choice(("softmax", "sigmoid")),
+        "groups": groups,
+        "top_groups": rng.choice([n for n in (2, 4) if n <= groups] or [1]),
+        "scale": rng.choice((1.0, 2.5)),
+        "normalise": _word(rng.random() < 0.5),
+        "aux_loss": rng.choice(("sequence", "sequence", "none")),
+        "aux_coef": 0.01,
+        "z_coef": rng.choice((0, 0.001)),
+        "bias_rate": rng.choice((0, 0.001)),
+    }
+    words = [f"model.moe.{key}={value}" for key, value in keys.items()]
+    return [*words, f"model.mtp.depth={rng.choice((0, 0, 0, 1))}", "metrics.routing=true"]
 
 
 def _layout(rng: random.Random, ranks: int, layers: int) -> dict[str, Any]:
@@ -85,6 +112,10 @@ def _layout(rng: random.Random, ranks: int, layers: int) -> dict[str, Any]:
         "bucket_mib": rng.choice((0, 0.02, 64)),
         "prefetch": rng.random() < 0.5,
         "early_receive": rng.random() < 0.5,
+        "ep": rng.choice((1, 2, 4)),
+        "etp": rng.choice((1, 1, 2)),
+        "dispatch": rng.choice(("auto", "flat", "two_level")),
+        "outer_groups": rng.choice((None, 2, 4)),
     }
 
 
@@ -97,7 +128,7 @@ def _word(value: Any) -> str:
 
 @pytest.fixture(scope="module")
 def entries(busway, request):
-    seed, count = request.config.getoption("--seed", 1), request.config.getoption("--count", 2)
+    seed, count = request.config.getoption("--seed", 1), request.config.getoption("--count", 1)
     return [draw(seed, number, str(busway.recipe)) for number in range(count)]
 
 

@@ -6,9 +6,17 @@ import numpy as np
 import pytest
 from worlds import beyond, slug, worst
 
+from models.weights import weights_of
+from trainer.weight_files import read_weights
+
+BALANCED = (
+    "model.moe.experts=4", "model.moe.top_k=2", "model.moe.ffn=24", "model.moe.score=sigmoid",
+    "model.moe.bias_rate=0.004",
+)  # fmt: skip
+"""The bias of the choice moves so far that it changes what some tokens choose."""
 CUT = {
     "tp x zero 2": ["layout.tp=2", "layout.dp=2", "layout.zero=2"],
-    "zero 1": ["layout.dp=2", "layout.zero=1"],
+    "ep x zero 1": ["layout.dp=2", "layout.ep=2", "layout.zero=1", *BALANCED],
     "zero 3": ["layout.dp=2", "layout.zero=3"],
 }
 COMMON = ("train.precision=fp64", "optimizer.lr=3e-4", "train.steps=4", "checkpoint.every=2", "train.eval_every=0")
@@ -25,9 +33,14 @@ def resumed(busway, run, name, *keys):
     return busway.train(name, *COMMON, *keys, f"checkpoint.resume={run.path}/checkpoints/{run.checkpoints[0]}")
 
 
-def test_moments_in_slices_of_tp_and_zero_go_on_as_stages_of_a_pipeline(busway, straight):
-    first = straight["tp x zero 2"]
-    other = resumed(busway, first, "as-stages", "layout.pp=2", "layout.micro_batch=1")
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [("tp x zero 2", ["layout.pp=2", "layout.micro_batch=1"]), ("ep x zero 1", ["layout.tp=2", *BALANCED])],
+    ids=["slices of tp and zero as stages of a pipeline", "experts' pieces and biases over tp"],
+)
+def test_moments_and_biases_go_on_under_another_layout(busway, straight, name, layout):
+    first = straight[name]
+    other = resumed(busway, first, slug("other", name), *layout)
     assert [row["step"] for row in other.rows] == [3, 4]
     rows = first.rows[2:], other.rows
     found = {key: worst(*([row[key] for row in some] for some in rows)) for key in ("loss", "grad_norm")}
@@ -37,7 +50,15 @@ def test_moments_in_slices_of_tp_and_zero_go_on_as_stages_of_a_pipeline(busway, 
     assert beyond(found) == {}
 
 
-@pytest.mark.parametrize("name", ["zero 1", "zero 3"])
+@pytest.mark.parametrize("name", CUT)
+def test_a_checkpoint_in_slices_and_runs_is_a_weight_directory(straight, name):
+    run = straight[name]
+    stored = read_weights(run.newest)
+    weights = {weight.name: weight.stack(stored.read) for weight in weights_of(stored.config.parameters())}
+    assert all(np.array_equal(value, weights[key]) for key, value in run.weights().items())
+
+
+@pytest.mark.parametrize("name", ["ep x zero 1", "zero 3"])
 def test_a_layout_goes_on_from_its_own_checkpoint_bit_for_bit(busway, straight, name):
     first = straight[name]
     other = resumed(busway, first, slug("again", name), *CUT[name])

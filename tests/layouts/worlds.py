@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import subprocess
@@ -14,7 +15,7 @@ import numpy as np
 from matrix import MODEL, Entry
 
 from parallel.mesh import Mesh
-from parallel.traffic import step_rows
+from parallel.traffic import maximum, step_rows, step_traffic
 from trainer.compose import compose_recipe
 
 EQUAL = 1e-9
@@ -43,8 +44,9 @@ def words(busway: Any, entry: Entry, tag: str, *overrides: str) -> list[str]:
 
 
 def slug(*parts: str) -> str:
-    """The name of a run's directory."""
-    return re.sub(r"\W+", "-", " ".join(parts))
+    """The name of a run's directory, of a length that any file system takes."""
+    name = re.sub(r"\W+", "-", " ".join(parts))
+    return name if len(name) < 100 else f"{name[:80]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
 
 
 def run_world(busway: Any, ranks: int, commands: list[list[str]]) -> None:
@@ -58,12 +60,13 @@ def run_world(busway: Any, ranks: int, commands: list[list[str]]) -> None:
 
 
 def difference(first: Any, other: Any) -> dict[str, float]:
-    """The largest relative difference of two runs: of loss and gradient norm over all steps, of the held-out loss, and
-    of the final weights, max|difference| / max|value| of each tensor."""
+    """The largest relative difference of two runs: of loss and gradient norm over all steps, of the held-out loss
+    where there is one, and of the final weights, max|difference| / max|value| of each tensor."""
     found = {key: worst([r[key] for r in first.rows], [r[key] for r in other.rows]) for key in ("loss", "grad_norm")}
-    found["eval_loss"] = worst(*([row["eval_loss"] for row in run.evaluations] for run in (first, other)))
+    if first.evaluations or other.evaluations:
+        found["eval_loss"] = worst(*([row["eval_loss"] for row in run.evaluations] for run in (first, other)))
     weights = other.weights()
-    parts = [np.max(np.abs(v - weights[n])) / np.max(np.abs(v)) for n, v in first.weights().items()]
+    parts = [np.max(np.abs(v - weights[n])) / (np.max(np.abs(v)) or 1) for n, v in first.weights().items()]
     found["weights"] = np.max(parts)  # unlike Python's max, NaN where one is
     return {key: float(value) for key, value in found.items()}
 
@@ -77,8 +80,48 @@ def predicted(run: Any) -> list[dict[str, Any]]:
     """What `parallel.traffic` says that a step of the run moves, as `summary.json` lists it."""
     recipe = compose_recipe(str(run.path / "recipe.yaml"), []).recipe
     mesh, dtype = Mesh(recipe.parallel_layout, recipe.machine), {"fp64": "float64", "fp32": "float32"}
-    batch, precision = recipe.train.global_batch, dtype[recipe.train.precision]
-    return step_rows(mesh, recipe.model, recipe.data.seq_len, batch, precision)
+    sizes = (recipe.model, recipe.data.seq_len, recipe.train.global_batch, dtype[recipe.train.precision])
+    if not recipe.metrics.routing:
+        return step_rows(mesh, *sizes)
+    routed = [routing(run, 1, rank) for rank in range(mesh.world_size)]
+    groups = [mesh.group(("ep", "etp"), rank) for rank in range(mesh.world_size)]
+    return maximum(
+        step_traffic(mesh, rank, *sizes, routed={layer: [routed[r][1][layer] for r in groups[rank]] for layer in own})
+        for rank, (_, own) in enumerate(routed)
+    ).rows()
+
+
+def routing(run: Any, step: int, rank: int) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+    """(numbers of the tokens [N] that a rank routed in a step, layer -> the experts [N, K] that they went to)."""
+    saved = np.load(run.path / "routing" / f"step-{step:06}-rank-{rank:04}.npz")
+    layers = {int(key.removeprefix("layer.")): saved[key] for key in saved.files if key.startswith("layer.")}
+    return saved["tokens"].reshape(-1), {
+        layer: chosen.reshape(-1, chosen.shape[-1]) for layer, chosen in layers.items()
+    }
+
+
+def flipped(first: Any, other: Any) -> str:
+    """Of the choices of experts, by token, layer and step, how many differ between two runs; "" where none were kept.
+
+    A choice is the set of a token's experts.
+    """
+    count = total = 0
+    for step in range(1, len(first.rows) + 1):
+        choices = [_choices(run, step) for run in (first, other)]
+        for layer, chosen in choices[0].items():
+            total += len(chosen)
+            count += int((np.sort(chosen) != np.sort(choices[1][layer])).any(1).sum())
+    return f"{count} of {total}" if total else ""
+
+
+def _choices(run: Any, step: int) -> dict[int, np.ndarray]:
+    """layer -> the experts [N, K] of every token of a step, in the order of the global batch."""
+    found: dict[int, dict[int, np.ndarray]] = {}
+    for file in sorted((run.path / "routing").glob(f"step-{step:06}-rank-*.npz")):
+        tokens, layers = routing(run, step, int(file.stem[-4:]))
+        for layer, chosen in layers.items():
+            found.setdefault(layer, {}).update(zip(tokens.tolist(), chosen, strict=True))
+    return {layer: np.stack([by_token[n] for n in sorted(by_token)]) for layer, by_token in found.items()}
 
 
 def worst(first: list[float], other: list[float]) -> float:
