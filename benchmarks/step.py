@@ -8,12 +8,17 @@ backward, clip of the global norm and AdamW. In turn, in one run:
     bare           a MindSpore step around the same native kernels, with MindSpore's autodiff and nothing else
     stock          a MindSpore step of stock operators
 
+Then the same with experts in the place of the feed-forward blocks (16 of them, top-4, ffn 128 each, 4 heads of keys,
+norms on queries and keys, a balance loss): Busway beside transformers' Qwen3MoeForCausalLM. Names of either as
+arguments run it alone: `dense`, `moe`.
+
 Busway's loss is that of fresh random tokens; the others repeat one batch, which costs the same and is learnt by heart.
 The peers' environment is made beside this file when it is missing (torch 2.13.0, CPU).
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -45,18 +50,55 @@ def peers_python() -> str:
     return str(python)
 
 
+MOE = (
+    "model.kv_heads=4", "model.head_dim=32", "model.qk_norm=true", "model.moe.experts=16", "model.moe.top_k=4",
+    "model.moe.ffn=128",
+)  # fmt: skip
+
+
 def main() -> None:
-    """Run all workers in turn and print the table and one line of JSON."""
+    """Run the comparisons and print their tables and one line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(COMPARISONS)} (all)")
+    names = parser.parse_args().names or list(COMPARISONS)
+    if unknown := sorted(set(names) - set(COMPARISONS)):
+        parser.error(f"unknown {', '.join(unknown)}; known: {', '.join(COMPARISONS)}")
+    result = {}
+    for name in names:
+        result |= compare(COMPARISONS[name]())
+    print(json.dumps(result))
+
+
+def dense() -> dict[str, Worker]:
+    """The workers of the Llama shape, Busway first."""
     torch, ours, steps = peers_python(), sys.executable, HERE / "steps"
     env = {**os.environ, **THREADS, "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
     passive = {**env, "OMP_WAIT_POLICY": "passive"}
-    workers = {
+    return {
         "busway": Worker("busway", [ours, "-P", str(steps / "busway_step.py")], passive),
         "transformers": Worker("transformers", [torch, str(steps / "torch_step.py"), "eager"], env),
         "compile": Worker("compile", [torch, str(steps / "torch_step.py"), "compile"], env),
         "bare": Worker("bare", [ours, "-P", str(steps / "bare_step.py")], passive),
         "stock": Worker("stock", [ours, "-P", str(steps / "stock_step.py")], passive),
     }
+
+
+def moe() -> dict[str, Worker]:
+    """Those of the Qwen3-MoE shape."""
+    torch, ours, steps = peers_python(), sys.executable, HERE / "steps"
+    env = {**os.environ, **THREADS, "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
+    passive = {**env, "OMP_WAIT_POLICY": "passive"}
+    return {
+        "busway_moe": Worker("busway_moe", [ours, "-P", str(steps / "busway_step.py"), *MOE], passive),
+        "transformers_moe": Worker("transformers_moe", [torch, str(steps / "torch_step.py"), "moe"], env),
+    }
+
+
+COMPARISONS = {"dense": dense, "moe": moe}
+
+
+def compare(workers: dict[str, Worker]) -> dict[str, float]:
+    """Run workers in turn; print their table, and give its figures."""
     for first in range(ROUNDS):
         names = list(workers)
         for place in range(len(names)):  # another one begins each round, so that none always follows the same one
@@ -64,14 +106,14 @@ def main() -> None:
     for worker in workers.values():
         worker.close()
     speeds = {name: TOKENS / sorted(worker.times)[ROUNDS // 2] for name, worker in workers.items()}
-    ratios = {name: ratio(workers["busway"], workers[name]) for name in workers}
-    print(f"{'step':14}{'tokens/s':>10}{'ms/step':>10}{'busway is':>12}{'loss':>9}")
+    busway, *peers = workers
+    ratios = {name: ratio(workers[busway], workers[name]) for name in workers}
+    print(f"{'step':18}{'tokens/s':>10}{'ms/step':>10}{'busway is':>12}{'loss':>9}")
     for name, worker in workers.items():
         times = f"{speeds[name]:>10,.0f}{1e3 * TOKENS / speeds[name]:>10.1f}{ratios[name]:>11.2f}x{worker.value:>9.3f}"
-        print(f"{name:14}{times}")
+        print(f"{name:18}{times}")
     result = {f"{name}_tokens_per_s": round(speed, 1) for name, speed in speeds.items()}
-    result |= {f"ratio_{name}": round(value, 3) for name, value in ratios.items() if name != "busway"}
-    print(json.dumps(result))
+    return result | {f"ratio_{name}": round(ratios[name], 3) for name in peers}
 
 
 if __name__ == "__main__":

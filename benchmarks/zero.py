@@ -119,7 +119,7 @@ def expected_passing(share, formula) -> int:
     if not formula.gathered:
         return formula.weights
     largest = max(share.segments, key=share.elements)
-    return formula.gathered + 4 * (share.elements(largest) + sum(share.pieces([largest])))
+    return formula.gathered + 4 * (share.elements(largest) + sum(share.pieces([largest]).values()))
 
 
 if __name__ == "__main__":
