@@ -111,6 +111,18 @@ def test_a_token_goes_to_the_experts_of_the_rule(room, name, dtype):
     np.testing.assert_allclose(dlogits.asnumpy(), wanted, rtol=tolerance, atol=10 * tolerance)
 
 
+@pytest.mark.parametrize("room", ROOMS)
+@pytest.mark.parametrize("name", ["qwen", "deepseek"])
+def test_a_score_that_is_rounded_to_zero_spoils_no_gradient(room, name):
+    rule = RULES[name][1]
+    _, bias, inputs, _ = routing_case(name, np.float32)
+    logits = inputs[0].asnumpy().copy()
+    logits[:, 0] = -200.0
+    *_, dlogits = RoutingBoth(room.Routing(rule, PART))(Tensor(logits), *inputs[1:])
+    dlogits = dlogits.asnumpy()
+    assert np.isfinite(dlogits).all() and (dlogits[:, 0] == 0).all() and dlogits[:, 1:].any()
+
+
 class Sorted(nn.Cell):
     def __init__(self, room, buckets):
         super().__init__()

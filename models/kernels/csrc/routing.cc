@@ -20,17 +20,20 @@ struct Rule {
 
 constexpr double kTiny = 1e-20;  // added to a sum of scores, as transformers does
 
-// Scores of one token: the softmax of its logits, or their sigmoids. `shares` gets what adds up to one.
+// Scores of one token: the softmax of its logits, or their sigmoids. `shares` gets what adds up to one: the scores over
+// the sum that is returned.
 template <class Real>
-void scores_of(const Real* logits, int64_t experts, bool sigmoid, Real* scores, Real* shares) {
+Real scores_of(const Real* logits, int64_t experts, bool sigmoid, Real* scores, Real* shares) {
   Real total = 0;
   if (sigmoid) {
     for (int64_t e = 0; e < experts; ++e) total += scores[e] = 1 / (1 + std::exp(-logits[e]));
     for (int64_t e = 0; e < experts; ++e) shares[e] = scores[e] / total;
+    return total;
   } else {
     const Real top = *std::max_element(logits, logits + experts);
     for (int64_t e = 0; e < experts; ++e) total += scores[e] = std::exp(logits[e] - top);
     for (int64_t e = 0; e < experts; ++e) shares[e] = scores[e] /= total;
+    return 1;
   }
 }
 
@@ -134,7 +137,7 @@ void routing_backward(const Call& call) {
     std::vector<Real> scores(experts), shares(experts), dscores(experts);
 #pragma omp for
     for (int64_t t = 0; t < tokens; ++t) {
-      scores_of(logits + t * experts, experts, rule.sigmoid, scores.data(), shares.data());
+      const Real sum = scores_of(logits + t * experts, experts, rule.sigmoid, scores.data(), shares.data());
       const int32_t* chosen = indices + t * top_k;
       const Real *dw = dweights + t * top_k, *dshares = dmass + (rule.first + t) / rule.every * experts;
       Real total = kTiny, pull = 0, flow = 0;
@@ -142,8 +145,6 @@ void routing_backward(const Call& call) {
         total += scores[chosen[k]];
         pull += dw[k] * scores[chosen[k]];
       }
-      // Shares are the scores over their sum: the sum is 1 for a softmax.
-      const Real sum = rule.sigmoid ? scores[0] / shares[0] : Real(1);
       for (int64_t e = 0; e < experts; ++e) flow += dshares[e] * shares[e];
       for (int64_t e = 0; e < experts; ++e) dscores[e] = rule.sigmoid ? (dshares[e] - flow) / sum : dshares[e];
       for (int64_t k = 0; k < top_k; ++k)
