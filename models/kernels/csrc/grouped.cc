@@ -82,30 +82,30 @@ void run_tasks(const std::vector<Task>& tasks, Run run) {
 
 constexpr int64_t kRows = 256;
 
+// Rows times their expert's matrix, or its transpose where `right` is 'T': rows [R, A], w [E O, I], ends [E] int32 ->
+// [R, B].
+template <class Real>
+void rows_by_matrices(const Call& call, char right) {
+  const Real *rows = call.tensor<Real>(0), *w = call.tensor<Real>(1);
+  const int32_t* ends = call.tensor<int32_t>(2);
+  Real* y = call.tensor<Real>(3);
+  const int64_t from = call.dim(0, 1), to = call.dim(3, 1), inner = call.dim(1, 1), experts = call.size(2);
+  run_tasks(row_tasks(ends, experts, kRows), [&](const Task& task) {
+    multiply('N', right, task.end - task.begin, to, from, rows + task.begin * from, from, w + task.expert * from * to,
+             inner, y + task.begin * to, to);
+  });
+}
+
 // x [R, I], w [E O, I], ends [E] int32 -> y [R, O], y = x w^T
 template <class Real>
 void grouped_matmul(const Call& call) {
-  const Real *x = call.tensor<Real>(0), *w = call.tensor<Real>(1);
-  const int32_t* ends = call.tensor<int32_t>(2);
-  Real* y = call.tensor<Real>(3);
-  const int64_t inner = call.dim(0, 1), experts = call.size(2), outer = call.dim(1, 0) / experts;
-  run_tasks(row_tasks(ends, experts, kRows), [&](const Task& task) {
-    multiply('N', 'T', task.end - task.begin, outer, inner, x + task.begin * inner, inner,
-             w + task.expert * outer * inner, inner, y + task.begin * outer, outer);
-  });
+  rows_by_matrices<Real>(call, 'T');
 }
 
 // dy [R, O], w [E O, I], ends [E] int32 -> dx [R, I] = dy w
 template <class Real>
 void grouped_matmul_input(const Call& call) {
-  const Real *dy = call.tensor<Real>(0), *w = call.tensor<Real>(1);
-  const int32_t* ends = call.tensor<int32_t>(2);
-  Real* dx = call.tensor<Real>(3);
-  const int64_t outer = call.dim(0, 1), inner = call.dim(1, 1), experts = call.size(2);
-  run_tasks(row_tasks(ends, experts, kRows), [&](const Task& task) {
-    multiply('N', 'N', task.end - task.begin, inner, outer, dy + task.begin * outer, outer,
-             w + task.expert * outer * inner, inner, dx + task.begin * inner, inner);
-  });
+  rows_by_matrices<Real>(call, 'N');
 }
 
 // dy [R, O], x [R, I], ends [E] int32 -> dw [E O, I] = dy^T x; 0 for an expert without rows
