@@ -65,8 +65,9 @@ class Quantised:
     def read(self, region: tuple[slice, ...]) -> np.ndarray:
         """A region in float32, of numbers that BF16 has."""
         rows, columns = (np.arange(size)[span] for size, span in zip(self.shape, region, strict=True))
-        scales = self.scales.read((slice(None), slice(None)))[rows // self.block[0]][:, columns // self.block[1]]
-        product = VALUES[self.stored.data.reshape(self.shape)[region]] * scales
+        scales = self.scales.read((slice(None), slice(None))).astype(np.float32)
+        factors = scales[rows // self.block[0]][:, columns // self.block[1]]
+        product = VALUES[self.stored.data.reshape(self.shape)[region]] * factors
         bits = product.view(np.uint32)
         rounded = (bits + 0x7FFF + (bits >> 16 & 1)) & np.uint32(0xFFFF0000)
         return np.where(np.isnan(product), product, rounded.view(np.float32))

@@ -292,6 +292,17 @@ def test_a_part_of_an_fp8_matrix_is_that_part_of_the_whole(published):
     np.testing.assert_array_equal(tensor.read((slice(30, 50), slice(5, 33))), whole[30:50, 5:33])
 
 
+def test_factors_in_another_precision_give_the_same(published):
+    name = "layers.0.feed_forward.gate_proj.weight"
+    before = read_weights(published).tensors[name].data.copy()
+    tensors = raw_tensors(published)
+    for key, (_, shape, content) in tensors.items():
+        if key.endswith("_scale_inv"):
+            tensors[key] = ("F64", shape, np.frombuffer(content, "<f4").astype("<f8").tobytes())
+    write_raw(published / "model.safetensors", tensors)
+    np.testing.assert_array_equal(read_weights(published).tensors[name].data, before)
+
+
 def test_without_its_further_layer_a_checkpoint_is_one_without_further_tokens(published, tmp_path):
     tensors = {name: value for name, value in raw_tensors(published).items() if "layers.2." not in name}
     write_raw(published / "model.safetensors", tensors)
