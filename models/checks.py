@@ -36,8 +36,9 @@ def check_above(field: str, value: float, bound: float) -> None:
 def check_choice(field: str, value: str, choices: Iterable[str]) -> None:
     """Raise `ConfigError` unless `value` is one of `choices`; the remedy names the nearest."""
     choices = list(choices)
-    remedy = nearest(value, choices, f"set {field} to one of them")
-    check(value in choices, field, f"must be one of {', '.join(choices)}, but is {value!r}", remedy)
+    if value not in choices:  # asked first, as it takes long to find the nearest
+        remedy = nearest(value, choices, f"set {field} to one of them")
+        check(False, field, f"must be one of {', '.join(choices)}, but is {value!r}", remedy)
 
 
 def nearest(name: str, known: Iterable[str], otherwise: str = "") -> str:

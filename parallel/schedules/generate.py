@@ -31,15 +31,9 @@ NAMES = ("gpipe", "1f1b", "interleaved", "zb_h1", *V_SHAPED)
 def make(name: str, pp: int, vpp: int, micro_batches: int) -> Schedule:
     """The schedule `name` (``layout.schedule``) of `micro_batches` a step over `pp` ranks of `vpp` virtual stages.
 
-    Raises `models.checks.ConfigError` where the schedule's own rule forbids the numbers. A pipeline of one rank has
-    no rule for the micro-batches.
+    Raises `models.checks.ConfigError` for what `check_numbers` forbids.
     """
-    check_choice("layout.schedule", name, NAMES)
-    check_at_least("layout.pp", pp, 1)
-    check_at_least("train.global_batch / (layout.dp x layout.micro_batch)", micro_batches, 1)
-    _check_vpp(name, vpp)
-    if pp > 1:
-        _check_micro_batches(name, pp, micro_batches)
+    check_numbers(name, pp, vpp, micro_batches)
     if name in V_SHAPED:
         build = _zb_v if name == "zb_v" else _dualpipe_v
         ranks = [build(_VRank(rank, pp), micro_batches) for rank in range(pp)]
@@ -48,6 +42,19 @@ def make(name: str, pp: int, vpp: int, micro_batches: int) -> Schedule:
     else:
         ranks = [_one_stage(name, rank, pp, micro_batches) for rank in range(pp)]
     return Schedule(name, pp, vpp, micro_batches, tuple(tuple(rank) for rank in ranks))
+
+
+def check_numbers(name: str, pp: int, vpp: int, micro_batches: int) -> None:
+    """Raises `models.checks.ConfigError` where a schedule's own rule forbids the numbers.
+
+    A pipeline of one rank has no rule for the micro-batches.
+    """
+    check_choice("layout.schedule", name, NAMES)
+    check_at_least("layout.pp", pp, 1)
+    check_at_least("train.global_batch / (layout.dp x layout.micro_batch)", micro_batches, 1)
+    _check_vpp(name, vpp)
+    if pp > 1:
+        _check_micro_batches(name, pp, micro_batches)
 
 
 def _check_vpp(name: str, vpp: int) -> None:
@@ -62,13 +69,13 @@ def _check_vpp(name: str, vpp: int) -> None:
 
 def _check_micro_batches(name: str, pp: int, count: int) -> None:
     field = f"train.global_batch / (layout.dp x layout.micro_batch) = {count} micro-batches"
-    if name == "interleaved":
+    if name == "interleaved" and count % pp:
         below = count // pp * pp
         nearest = f"{below} or {below + pp}" if below else str(pp)
         remedy = (
             f"set layout.pp={nearest_divisor(count, pp)} (the nearest), or a layout.micro_batch for {nearest} of them"
         )
-        check(count % pp == 0, field, f"must be a multiple of layout.pp {pp} for layout.schedule=interleaved", remedy)
+        check(False, field, f"must be a multiple of layout.pp {pp} for layout.schedule=interleaved", remedy)
     elif name == "dualpipe_v":
         remedy = f"set layout.pp={max(1, count // 2)} (the nearest), or a smaller layout.micro_batch, or "
         remedy += "layout.schedule=zb_v"

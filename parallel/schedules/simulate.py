@@ -9,15 +9,18 @@ from operator import sub
 from statistics import fmean
 from typing import NamedTuple
 
+import numpy as np
+
 from parallel.schedules.check import per_stage
 from parallel.schedules.schedule import Action, Schedule
 
-Duration = float | Sequence[float]
+Duration = float | Sequence[float] | np.ndarray
 
 
 @dataclass(frozen=True)
 class Times:
-    """How long a pass takes, in any unit: for all stages alike, or a number for each virtual stage.
+    """How long a pass takes, in any unit: for all stages alike, or a number for each virtual stage. Those of many
+    pipelines (`price`) are arrays with a row for each.
 
     The defaults are the unit times of the papers: as long a forward as each half of the backward.
     """
