@@ -67,10 +67,10 @@ def _groups(indices: np.ndarray, experts: int, outer: int) -> np.ndarray:
     return (group[:, :, None] == np.arange(outer)).any(1)
 
 
-def even(tokens: int, top_k: int, experts: int, place: int = 0, micro_batches: int = 1) -> np.ndarray:
-    """What a rank routes in a step where every token goes to experts in turn (`model.moe.force_uniform`).
+def even(tokens: int, top_k: int, experts: int, place: int = 0) -> np.ndarray:
+    """What a rank routes of a micro-batch whose tokens go to experts in turn (`model.moe.force_uniform`).
 
-    `tokens` are a micro-batch's on this rank, at `place` of the ranks that share it.
+    `tokens` are those on this rank, at `place` of the ranks that share the micro-batch.
     """
     copies = np.arange(place * tokens * top_k, (place + 1) * tokens * top_k)
-    return np.tile((copies % experts).reshape(tokens, top_k), (micro_batches, 1))
+    return (copies % experts).reshape(tokens, top_k)

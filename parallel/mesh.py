@@ -54,7 +54,7 @@ class Mesh:
         self.placement = tuple(range(self.world_size) if placement is None else placement)
         if len(set(self.placement)) != self.world_size or len(self.placement) != self.world_size:
             raise ValueError(f"placement must give {self.world_size} ranks a position each, but is {self.placement}")
-        for position in self.placement:
+        for position in (min(self.placement), max(self.placement)):
             topology.level_of(position, position)
 
         outermost_first = layout.order[::-1]
@@ -62,8 +62,7 @@ class Mesh:
         self._dense = ranks.transpose([outermost_first.index(axis) for axis in DENSE])
         stages = np.moveaxis(ranks, outermost_first.index("pp"), 0)
         self._expert = stages.reshape(layout.pp, layout.edp, layout.ep, layout.etp)
-        self._groups: dict[tuple[str, ...], tuple[tuple[int, ...], ...]] = {}
-        self._group_of: dict[tuple[str, ...], dict[int, tuple[int, ...]]] = {}
+        self._tables: dict[tuple[str, ...], tuple[np.ndarray, np.ndarray]] = {}
 
     def axes(self, axes: Axes) -> tuple[str, ...]:
         """The single axes that `axes` stands for, outermost first as in its view, those of size 1 left out.
@@ -95,20 +94,30 @@ class Mesh:
 
     def groups(self, axes: Axes) -> tuple[tuple[int, ...], ...]:
         """All groups of `axes`, by their first rank. Ranks of one group differ along `axes` alone."""
+        return tuple(map(tuple, self._table(axes)[0].tolist()))
+
+    def group(self, axes: Axes, rank: int) -> tuple[int, ...]:
+        """The group of `axes` that `rank` belongs to."""
+        table, row_of = self._table(axes)
+        return tuple(table[row_of[self._checked(rank)]].tolist())
+
+    def places(self, axes: Axes) -> np.ndarray:
+        """[groups, ranks of a group]: the positions on the machine of the ranks of every group of `axes`."""
+        return np.asarray(self.placement)[self._table(axes)[0]]
+
+    def _table(self, axes: Axes) -> tuple[np.ndarray, np.ndarray]:
+        """[groups, ranks of a group], and the row of every rank. Kept as arrays: worlds have tens of thousands."""
         axes = self.axes(axes)
-        if axes not in self._groups:
+        if axes not in self._tables:
             view, ranks = (DENSE, self._dense) if set(axes) <= set(DENSE) else (EXPERT, self._expert)
             kept = [view.index(axis) for axis in view if axis not in axes]
             varied = [view.index(axis) for axis in axes]
             table = np.sort(ranks.transpose(kept + varied).reshape(-1, self.size(axes)), axis=1)
-            self._groups[axes] = tuple(sorted(tuple(map(int, row)) for row in table))
-            self._group_of[axes] = {rank: group for group in self._groups[axes] for rank in group}
-        return self._groups[axes]
-
-    def group(self, axes: Axes, rank: int) -> tuple[int, ...]:
-        """The group of `axes` that `rank` belongs to."""
-        self.groups(axes)
-        return self._group_of[self.axes(axes)][self._checked(rank)]
+            table = table[np.argsort(table[:, 0])]
+            row_of = np.empty(self.world_size, int)
+            row_of[table] = np.arange(len(table))[:, None]
+            self._tables[axes] = table, row_of
+        return self._tables[axes]
 
     def index(self, axes: Axes, rank: int) -> int:
         """The place of `rank` in its group of `axes`, from 0."""

@@ -20,13 +20,14 @@ JPDC 69(2), 2009:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from models.config import ModelConfig
-from parallel.dispatch import Routed, even, moves
+from parallel.dispatch import Moves, Routed, even, moves
 from parallel.layout import buckets
 from parallel.memory import Share, is_expert
 from parallel.mesh import Axes, Mesh
@@ -148,11 +149,30 @@ def step_traffic(
 
 
 def step_rows(
-    mesh: Mesh, config: ModelConfig, seq_len: int, global_batch: int, dtype: str, linears: str | None = None
-) -> list[dict[str, Any]]:
-    """The rows of `summary.json`: the maximum of `step_traffic` over all ranks."""
-    sizes = (config, seq_len, global_batch, dtype, linears)
-    return maximum(step_traffic(mesh, rank, *sizes) for rank in range(mesh.world_size)).rows()
+    mesh: Mesh, config: ModelConfig, seq_len: int, global_batch: int, dtype: str, linears: str | None = None,
+    routed: Sequence[Mapping[int, np.ndarray]] | None = None, ranks: Iterable[int] | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """The rows of `summary.json`: the maximum of `step_traffic` over `ranks`, by default all.
+
+    `routed` has of each rank, by layer, the experts [N, K] that its N tokens went to; left out, experts take turns.
+    """
+
+    def account(rank: int) -> Traffic:
+        own = None
+        if routed is not None:
+            group = mesh.group(("ep", "etp"), rank)
+            own = {layer: [routed[other][layer] for other in group] for layer in routed[rank]}
+        return step_traffic(mesh, rank, config, seq_len, global_batch, dtype, linears, own)
+
+    return maximum(map(account, range(mesh.world_size) if ranks is None else ranks)).rows()
+
+
+@lru_cache(maxsize=64)
+def _moves_in_turn(
+    tokens: int, top_k: int, experts: int, places: tuple[int, ...], slices: int, outer: int, place: int
+) -> list[Moves]:
+    """Of one micro-batch; `places` of the group's ranks among those of tp."""
+    return moves([even(tokens, top_k, experts, own) for own in places], experts, slices, outer, place)
 
 
 class _Step:
@@ -302,11 +322,10 @@ class _Step:
         and the weights' gradients back."""
         layout, moe, m, hidden = self.layout, self.config.moe, self.micro_batches, self.config.hidden
         group = self.mesh.group(("ep", "etp"), self.rank)
-        place, sizes = group.index(self.rank), (self.tokens // layout.tp, moe.top_k, moe.experts)
-        in_turn = [even(*sizes, self.mesh.index("tp", rank), m) for rank in group] if not self.routed else []
-        routed = self.routed[layer] if self.routed else in_turn
+        place = group.index(self.rank)
         outer, _ = self.mesh.dispatch()
-        for level in moves(routed, moe.experts, layout.etp, outer, place):
+        levels = moves(self.routed[layer], moe.experts, layout.etp, outer, place) if self.routed else self.in_turn
+        for level in levels:
             ranks, own = tuple(group[i] for i in level.places), level.places.index(place)
             gives, takes = level.rows[own], level.rows[:, own]
             times = forwards // m
@@ -315,6 +334,17 @@ class _Step:
             self.rows(gives, ranks, times * level.about, forwards)
             self.rows(takes, ranks, (times + 1) * hidden, forwards + m, self.linears)
             self.rows(takes, ranks, level.gradients, m)
+
+    @cached_property
+    def in_turn(self) -> list[Moves]:
+        """What dispatch moves where tokens go to experts in turn: every layer and micro-batch the same."""
+        layout, moe = self.layout, self.config.moe
+        group = self.mesh.group(("ep", "etp"), self.rank)
+        places = tuple(self.mesh.index("tp", rank) for rank in group)
+        outer, _ = self.mesh.dispatch()
+        place = group.index(self.rank) if outer > 1 else 0  # flat dispatch is the same for all
+        levels = _moves_in_turn(self.tokens // layout.tp, moe.top_k, moe.experts, places, layout.etp, outer, place)
+        return [level._replace(rows=level.rows * self.micro_batches) for level in levels]
 
     def rows(
         self, counts: np.ndarray, ranks: tuple[int, ...], width: int, calls: int, dtype: str | None = None

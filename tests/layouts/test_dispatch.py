@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import pytest
-import yaml
 from matrix import EXPERTS, Entry
-from worlds import beyond, difference, predicted, run_world, slug, words
+from worlds import beyond, difference, machine, predicted, run_world, slug, words
 
 STEPS = ("train.steps=1", "train.eval_every=1", "train.eval_batches=1", "train.precision=fp64", "model.layers=1")
 pytestmark = pytest.mark.slow
@@ -14,18 +13,8 @@ GROUPS = {4: 2, 8: 4}
 """Ranks of ep -> outer groups, of two ranks each."""
 TOKENS, HIDDEN, ITEM = 2 * 32, 32, 8
 """Of a rank and step, with two sequences for each."""
-
-
-def machine(folder):
-    """A file of boxes of two ranks, with a network of a tenth of their bandwidth between them."""
-    level = {"latency": 1.0}
-    planes = {"inside": {"injection": None}, "outside": {"injection": None}}
-    boxes = {"name": "box", "members": 2, "bandwidth": 100.0, "plane": "inside", **level}
-    cluster = {"name": "cluster", "members": "any", "bandwidth": 10.0, "plane": "outside", **level}
-    rank = {"name": "core", "memory_gib": None, "memory_bandwidth": None, "peak_tflops": None}
-    path = folder / "boxes.yaml"
-    path.write_text(yaml.safe_dump({"name": "boxes", "rank": rank, "planes": planes, "levels": [boxes, cluster]}))
-    return path
+BOXES = {"box": (2, 100.0, "inside"), "cluster": ("any", 10.0, "outside")}
+"""Two ranks each, with a network of a tenth of their bandwidth between them."""
 
 
 def entry(ranks, dispatch, top_k, uniform):
@@ -39,7 +28,7 @@ def entry(ranks, dispatch, top_k, uniform):
 @pytest.fixture(scope="module")
 def runs(busway):
     """(ranks, dispatch, top k, uniform) -> run."""
-    topology = f"topology={machine(busway.folder)}"
+    topology = machine(busway.folder, BOXES)
     found = {}
     for ranks in GROUPS:
         keys = [(ranks, dispatch, k, even) for dispatch in ("flat", "auto") for k in TOP_K for even in (False, True)]

@@ -12,14 +12,33 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from matrix import MODEL, Entry
 
-from parallel.mesh import Mesh
-from parallel.traffic import maximum, step_rows, step_traffic
-from trainer.compose import compose_recipe
+from trainer import report
+
+LEVELS = {"package": (2, 100.0, "bus"), "node": (2, 90.0, "bus"), "cluster": ("any", 80.0, "roce")}
+"""Members, bandwidth and plane of each level of the machine that layouts are placed on."""
 
 EQUAL = 1e-9
 """The design's bound in the fp64 reference."""
+
+
+def machine(folder: Path, levels: dict[str, tuple[Any, float, str]]) -> str:
+    """What has runs placed on a machine of these levels, whose speed is known, as the planner asks."""
+    source = {
+        "name": "-".join(levels),
+        "rank": {"name": "core", "memory_gib": 64.0, "memory_bandwidth": 100.0, "peak_tflops": {"bfloat16": 1.0}}
+        | {"device": "ascend910c"},
+        "planes": {plane: {"injection": None} for _, _, plane in levels.values()},
+        "levels": [
+            {"name": name, "members": members, "bandwidth": bandwidth, "latency": 1.0, "plane": plane}
+            for name, (members, bandwidth, plane) in levels.items()
+        ],
+    }
+    path = folder / f"{source['name']}.yaml"
+    path.write_text(yaml.safe_dump(source))
+    return f"topology={path}"
 
 
 def run_all(busway: Any, entries: Iterable[Entry], tag: str, *overrides: str) -> dict[str, Any]:
@@ -27,7 +46,7 @@ def run_all(busway: Any, entries: Iterable[Entry], tag: str, *overrides: str) ->
 
     `tag` ends the names of the run directories.
     """
-    entries = list(entries)
+    entries, overrides = list(entries), (machine(busway.folder, LEVELS), *overrides)
     bases = [Entry(" ".join(model), 1, ("layout.micro_batch=1",), model) for model in {e.model: None for e in entries}]
     worlds: dict[int, list[Entry]] = {1: bases}
     for entry in entries:
@@ -77,18 +96,11 @@ def beyond(found: dict[str, float], bound: float = EQUAL) -> dict[str, float]:
 
 
 def predicted(run: Any) -> list[dict[str, Any]]:
-    """What `parallel.traffic` says that a step of the run moves, as `summary.json` lists it."""
-    recipe = compose_recipe(str(run.path / "recipe.yaml"), []).recipe
-    mesh, dtype = Mesh(recipe.parallel_layout, recipe.machine), {"fp64": "float64", "fp32": "float32"}
-    sizes = (recipe.model, recipe.data.seq_len, recipe.train.global_batch, dtype[recipe.train.precision])
-    if not recipe.metrics.routing:
-        return step_rows(mesh, *sizes)
-    routed = [routing(run, 1, rank) for rank in range(mesh.world_size)]
-    groups = [mesh.group(("ep", "etp"), rank) for rank in range(mesh.world_size)]
-    return maximum(
-        step_traffic(mesh, rank, *sizes, routed={layer: [routed[r][1][layer] for r in groups[rank]] for layer in own})
-        for rank, (_, own) in enumerate(routed)
-    ).rows()
+    """What the planner says that a step of the run moves, on what was routed, as `summary.json` lists it."""
+    measured = report.read(run.path)
+    routed = measured.routing()
+    assert (routed is None) == (not measured.recipe.metrics.routing)
+    return measured.plan(routed).traffic
 
 
 def routing(run: Any, step: int, rank: int) -> tuple[np.ndarray, dict[int, np.ndarray]]:
