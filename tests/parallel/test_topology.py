@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -79,8 +81,85 @@ def test_levels_on_one_plane_share_one_injection_limit():
     assert machine.levels[1].plane is machine.levels[3].plane
 
 
+@pytest.mark.parametrize("name", sorted(file.stem for file in FOLDER.glob("*.yaml")))
+def test_every_packaged_topology_has_its_files_name_and_gets_no_faster_outwards(name):
+    machine = load(read(name))
+    assert machine.name == name
+    known = [level for level in machine.levels if level.bandwidth is not None]
+    for inner, outer in pairwise(known):
+        assert inner.bandwidth >= outer.bandwidth and inner.latency <= outer.latency
+    for level in known:
+        assert level.bandwidth <= level.plane.injection
+
+
+# ranks that meet on each level, outermost left open; GB/s of a rank in one direction there; dense bf16 TFLOPS
+CLUSTERS = {
+    "cloudmatrix384_roce": ({"package": 2, "node": 16, "cabinet": 64, "supernode": 768}, 25, 376),
+    "ascend910c_roce": ({"package": 2, "node": 16}, 25, 376),
+    "atlas_900_a2": ({"node": 8}, 25, 376),
+    "dgx_a100": ({"node": 8}, 25, 312),
+    "dgx_h100": ({"node": 8}, 50, 989),
+    "gb200_nvl72": ({"rack": 72}, 50, 2500),
+}
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_a_cluster_takes_any_number_of_ranks_over_a_plane_of_its_own(name):
+    machine = load(read(name))
+    blocks, bandwidth, peak = CLUSTERS[name]
+    *inner, cluster = machine.levels
+    assert {level.name: level.ranks for level in inner} == blocks
+    assert (cluster.name, cluster.bandwidth, machine.rank.peak_tflops["bfloat16"]) == ("cluster", bandwidth, peak)
+    assert cluster.plane not in [level.plane for level in inner]
+    machine.check_fits(50_000)
+    assert machine.level_of(0, 49_999) == cluster
+
+
+def test_the_supernode_of_the_cluster_is_the_one_that_stands_alone():
+    assert load(read("cloudmatrix384_roce")).levels[:-1] == load(read("cloudmatrix384")).levels
+
+
+@pytest.mark.parametrize(
+    ("packages", "levels"),
+    [  # sizes that Huawei sells, and one node; a level larger than the supernode drops out
+        (8, {"package": 2, "node": 16, "supernode": 16}),
+        (16, {"package": 2, "node": 16, "supernode": 32}),
+        (32, {"package": 2, "node": 16, "cabinet": 64, "supernode": 64}),
+        (64, {"package": 2, "node": 16, "cabinet": 64, "supernode": 128}),
+        (96, {"package": 2, "node": 16, "cabinet": 64, "supernode": 192}),
+        (384, {"package": 2, "node": 16, "cabinet": 64, "supernode": 768}),
+    ],
+)  # fmt: skip
+def test_members_of_a_logical_supernode_count_packages(packages, levels):
+    machine = load({**read("cloudmatrix384_roce"), "supernode": {"members": packages}})
+    assert {level.name: level.ranks for level in machine.levels[:-1]} == levels
+    assert [level.index for level in machine.levels] == list(range(len(machine.levels)))
+    assert machine.level_of(0, 2 * packages - 1).name != "cluster" == machine.level_of(0, 2 * packages).name
+
+
+def test_one_machine_cut_into_six_logical_supernodes_holds_as_many_ranks_as_before():
+    source = {**read("cloudmatrix384_roce"), "supernode": {"members": 64}, "cluster": {"members": 6}}
+    assert load(source).capacity == 768
+    assert load({**read("cloudmatrix384"), "supernode": {"members": 64}}).capacity == 128
+
+
+def test_levels_and_planes_are_changed_under_their_names():
+    source = {**read("cloudmatrix384"), "node": {"bandwidth": 200, "latency": None}, "unified_bus": {"injection": 98}}
+    machine = load(source)
+    assert (machine.levels[1].bandwidth, machine.levels[1].latency) == (200, None)
+    assert machine.levels[1].plane is machine.levels[3].plane and machine.levels[1].plane.injection == 98
+    assert machine.levels[2] == replace(load(read("cloudmatrix384")).levels[2], plane=machine.levels[2].plane)
+
+
+def test_a_machine_whose_last_block_is_not_full_holds_what_its_capacity_says():
+    machine = load({**read("cloudmatrix384"), "capacity": 700})
+    assert machine.capacity == 700
+    with pytest.raises(ValueError, match="position 700 is outside"):
+        machine.level_of(0, 700)
+
+
 def edited(path: str, value) -> dict:
-    """cloudmatrix384 with the entry at `path` replaced, or removed where value is None."""
+    """cloudmatrix384 with the entry at `path` set, or removed where value is None."""
     source = copy.deepcopy(read("cloudmatrix384"))
     *way, last = [int(step) if step.isdigit() else step for step in path.split(".")]
     at = source
@@ -96,23 +175,36 @@ def edited(path: str, value) -> dict:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("levles", [], "topology.levles is no key of a topology file; did you mean 'levels'?"),
+        ("levles", [], "topology.levles is no key, level or plane of cloudmatrix384; did you mean 'levels'?"),
         ("levels", None, "topology.levels is missing; add it (null where the value is not known)"),
         ("levels", [], "topology.levels must list at least one level; list them innermost first"),
         ("levels.1.bandwith", 1,
          "topology.levels[1].bandwith is no key of a topology file; did you mean 'bandwidth'?"),
-        ("levels.0.members", "any", "topology.levels[0].members is any below the outermost level; give a number"),
+        ("levels.0.members", "any", "topology.package.members is any below the outermost level; give a number"),
         ("levels.0.members", 2.5,
-         "topology.levels[0].members must be a whole number or any, but is 2.5; give a number"),
-        ("levels.0.members", 0, "topology.levels[0].members must be at least 1, but is 0; "
-         "set topology.levels[0].members=1 or more"),
-        ("levels.2.bandwidth", 0, "topology.levels[2].bandwidth must be above 0, but is 0; "
-         "set topology.levels[2].bandwidth to a number above 0"),
-        ("levels.2.latency", "1us", "topology.levels[2].latency must be a number or null, but is '1us'; "
+         "topology.package.members must be a whole number or any, but is 2.5; give a number"),
+        ("levels.0.members", 0, "topology.package.members must be at least 1, but is 0; "
+         "set topology.package.members=1 or more"),
+        ("levels.2.bandwidth", 0, "topology.cabinet.bandwidth must be above 0, but is 0; "
+         "set topology.cabinet.bandwidth to a number above 0"),
+        ("levels.2.latency", "1us", "topology.cabinet.latency must be a number or null, but is '1us'; "
          "write a plain number"),
-        ("levels.3.plane", "unified_buss", "topology.levels[3].plane must be one of package_link, unified_bus, "
+        ("levels.3.plane", "unified_buss", "topology.supernode.plane must be one of package_link, unified_bus, "
          "but is 'unified_buss'; did you mean 'unified_bus'?"),
         ("levels.2.name", "node", "topology.levels names 'node' more than once; give each level its own name"),
+        ("supernod", {"members": 64},
+         "topology.supernod is no key, level or plane of cloudmatrix384; did you mean 'supernode'?"),
+        ("supernode", {"member": 64},
+         "topology.supernode.member is no key of a topology file; did you mean 'members'?"),
+        ("supernode", {"members": 48}, "topology.supernode.members 48 makes 96 ranks, no whole number of blocks of "
+         "cabinet (64); set topology.supernode.members to a multiple of 32"),
+        ("supernode", 64, "topology.supernode must be a mapping, but is 64; write it as key: value"),
+        ("unified_bus", {"bandwidth": 64}, "topology.unified_bus.bandwidth is no key of a topology file; "
+         "known: injection"),
+        ("supernode", {"of": "rack"}, "topology.supernode.of must be one of die, package, node, cabinet, "
+         "but is 'rack'; did you mean 'package'?"),
+        ("capacity", 769, "topology.capacity is 769, but the levels hold 768; lower it or leave it out"),
+        ("levels.2.name", "rank", "topology: 'rank' is a key and names no level or plane; choose another name"),
         ("planes", [1], "topology.planes must be a mapping, but is [1]; write it as key: value"),
         ("rank.peak_tflops.bf16", 1,
          "topology.rank.peak_tflops key must be one of float64, float32, bfloat16, float16, "

@@ -1,0 +1,82 @@
+"""Which places of a machine ranks may run on: all, or what a scheduler gave and faults left.
+
+Places are positions along the machine (`parallel.topology`), ascending, so that ranks of a server stay together and
+servers of a supernode too, as HCCL asks of rank tables.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from models.checks import check, nearest
+from parallel.topology import Level, Topology
+
+
+def positions(
+    topology: Topology, ranks: int | None = None, without: Sequence[str] = (), nodes: Sequence[Any] = ()
+) -> tuple[int, ...]:
+    """The first `ranks` places (None: all) of `topology` that are free.
+
+    `without` names blocks that are lost, as ``cabinet:3``, counted from 0 along the machine. `nodes` says what is free
+    in each block of the level around nodes, in order: a number of nodes, or their numbers inside the block. Raises
+    `models.checks.ConfigError`.
+    """
+    lost = [_block(topology, name) for name in without]
+    if nodes:
+        free = _free(topology, nodes)
+    else:
+        total = topology.capacity
+        if total is None:
+            spared = max((stop for _, stop in lost), default=0)
+            given = ranks is not None
+            check(given, f"topology {topology.name}", "holds any number of ranks", "set plan.ranks")
+            total = spared + ranks
+        free = list(range(total))
+    left = [place for place in free if not any(start <= place < stop for start, stop in lost)]
+    wanted = len(left) if ranks is None else ranks
+    check(
+        0 < wanted <= len(left), f"plan.ranks {wanted}", f"must be 1 to the {len(left)} that are free", "choose fewer"
+    )
+    return tuple(left[:wanted])
+
+
+def _level(topology: Topology, name: str, field: str) -> Level:
+    known = {level.name: level for level in topology.levels if level.ranks is not None}
+    check(name in known, f"{field}: {name!r}", f"is no level of a fixed size of {topology.name}", nearest(name, known))
+    return known[name]
+
+
+def _block(topology: Topology, name: str) -> tuple[int, int]:
+    """(first place, place behind the last) of ``cabinet:3``."""
+    match = re.fullmatch(r"(\w+):(\d+)", str(name))
+    check(match is not None, f"plan.without {name!r}", "must be LEVEL:NUMBER", "write it as cabinet:3, counted from 0")
+    size, number = _level(topology, match[1], "plan.without").ranks, int(match[2])
+    capacity = topology.capacity
+    if capacity is not None:
+        count = capacity // size
+        check(number < count, f"plan.without {name}", f"must be below {match[1]}:{count}", "blocks are counted from 0")
+    return number * size, (number + 1) * size
+
+
+def _free(topology: Topology, nodes: Sequence[Any]) -> list[int]:
+    """Places of the nodes that are free in each block around them."""
+    node = _level(topology, "node", "plan.nodes")
+    around = [level for level in topology.levels[node.index + 1 :] if level.ranks is not None]
+    check(bool(around), "plan.nodes", f"needs a level around nodes, which {topology.name} has not", "set plan.ranks")
+    block = around[-1].ranks
+    free = []
+    for number, entry in enumerate(nodes):
+        own = list(range(entry)) if isinstance(entry, int) else [int(i) for i in entry]
+        legal = all(0 <= i < block // node.ranks for i in own) and own == sorted(set(own))
+        rule = f"must name nodes below the {block // node.ranks} of a {around[-1].name}, ascending"
+        check(legal, f"plan.nodes[{number}] {entry}", rule, "give a number of nodes, or a list of their numbers")
+        for i in own:
+            start = number * block + i * node.ranks
+            free += range(start, start + node.ranks)
+    if topology.capacity is not None:
+        whole = len(nodes) * block <= topology.capacity
+        rule = f"has more entries than {topology.name} has blocks of {around[-1].name}"
+        check(whole, f"plan.nodes of {len(nodes)}", rule, "leave some out, or choose a larger topology")
+    return free
