@@ -1,0 +1,135 @@
+"""What collectives cost on the levels of a machine, by HCCL's own algorithms.
+
+Formulas are Hockney's alpha + bytes / bandwidth as HCCL's guide gives them (hicann/hccl
+docs/zh/user_guide/coll_algo_intro): a collective over several levels runs one algorithm on each. A reduce-scatter takes
+the inner level first, so that of S bytes S / m reach a level inside whose blocks m members lie; an all-gather is its
+mirror and costs the same, an all-reduce is one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from parallel.planner.constants import Constants
+from parallel.planner.machine import Factors, Machine
+from parallel.planner.shape import Column
+
+
+class Algorithm(NamedTuple):
+    """One half of an all-reduce over p ranks of one level: reduce-scatter or all-gather."""
+
+    steps: Callable[[Column], Column]
+    """Messages in a row, each of which waits for the latency."""
+    volume: Callable[[Column], Column]
+    """Bytes that a rank sends, over those of the whole tensor."""
+
+
+def _log2(p: Column) -> Column:
+    return np.ceil(np.log2(np.maximum(p, 1)) - 1e-9)
+
+
+def _ring_volume(p: Column) -> Column:
+    return (p - 1) / p
+
+
+def _halving_volume(p: Column) -> Column:
+    """Ranks beyond a power of two hand all they have to a neighbour before and take it back behind."""
+    power = 2.0 ** np.floor(np.log2(np.maximum(p, 1)) + 1e-9)
+    return (power - 1) / power + (power < p)
+
+
+ALGORITHMS: Mapping[str, Algorithm] = {
+    "mesh": Algorithm(lambda p: np.minimum(p - 1, 1), _ring_volume),
+    "ring": Algorithm(lambda p: p - 1, _ring_volume),
+    "H-D_R": Algorithm(_log2, _halving_volume),
+    "NHR": Algorithm(_log2, _ring_volume),
+}
+"""By the name that `HCCL_ALGO` knows; NB costs what NHR does."""
+
+INSIDE, BETWEEN = ("mesh", "ring"), ("NHR", "ring", "H-D_R")
+"""What may run inside a server (level 0), and between servers or supernodes (levels 1 and 2)."""
+
+
+class Group(NamedTuple):
+    """Prices of one group's collectives, numbers or columns."""
+
+    half_byte: Column
+    """Seconds for each byte of a whole tensor that is reduce-scattered or gathered."""
+    half_call: Column
+    """Seconds for each reduce-scatter or gather beside its bytes."""
+    exchange_byte: Column
+    """Seconds for each byte that a rank hands to an all-to-all."""
+    exchange_call: Column
+
+
+class Network:
+    """Prices messages of groups of ranks in seconds, by the best of HCCL's algorithms at each level."""
+
+    def __init__(self, machine: Machine, constants: Constants) -> None:
+        self.machine, self.constants = machine, constants
+        self.server = next((i for i, level in enumerate(machine.levels) if level.name in ("node", "machine")), 0)
+
+    def algorithms(self, level: int) -> tuple[str, ...]:
+        """Those that may run at a level, the best first: each moves as little as any other in as few steps."""
+        return INSIDE if level <= self.server else BETWEEN
+
+    def group(self, factors: Factors) -> Group:
+        """Of ranks that lie as `factors` say.
+
+        What goes in an all-to-all to ranks that meet first at a level crosses it; levels of one plane share its
+        injection, planes run side by side.
+        """
+        machine = self.machine
+        members = machine.members(factors)
+        n, before, half, waits, exchange_waits = members[-1], 1, 0.0, 0.0, 0.0
+        planes: dict[str, Column] = {}
+        for level, inside in enumerate(members):
+            p = inside / before
+            algorithm = ALGORITHMS[self.algorithms(level)[0]]
+            half = half + algorithm.volume(p) / before / machine.bandwidth[level]
+            waits = waits + algorithm.steps(p) * machine.latency[level]
+            plane = machine.levels[level].plane.name
+            planes[plane] = planes.get(plane, 0.0) + (inside - before) / n / machine.bandwidth[level]
+            exchange_waits = np.where(
+                inside > before, np.maximum(exchange_waits, machine.latency[level]), exchange_waits
+            )
+            before = inside
+        exchange = np.maximum.reduce(np.broadcast_arrays(*planes.values(), 0.0))
+        k = self.constants
+        hop = np.where(n > members[self.server], k.call_far, k.call_rank)  # rings wait for every hop
+        call = np.where(n > 1, k.call + hop * n, 0.0)
+        return Group(half, waits + call, exchange, exchange_waits * _log2(n) + call)
+
+    def half(self, size: Column, group: Group, calls: Column = 1) -> Column:
+        """`calls` reduce-scatters or all-gathers of tensors with `size` bytes in all, whole."""
+        return size * group.half_byte + calls * group.half_call
+
+    def all_to_all(self, size: Column, group: Group, calls: Column = 1) -> Column:
+        """Each rank sends `size` bytes in all in equal parts to all of its group, itself included."""
+        return size * group.exchange_byte + calls * group.exchange_call
+
+    def level_between(self, distance: Column, boundary: Column) -> Column:
+        """Index of the level at which ranks `boundary` and `boundary` + 1 of a line meet, `distance` ranks apart."""
+        here, there = boundary * distance, (boundary + 1) * distance
+        return sum(np.asarray(here // block != there // block, int) for block in self.machine.blocks[:-1])
+
+    def level_of_ends(self, distance: Column, ranks: int) -> Column:
+        """Index of the level at which the first and the last of a line of `ranks` meet."""
+        return sum(np.asarray((ranks - 1) * distance // block != 0, int) for block in self.machine.blocks[:-1])
+
+    def message(self, size: Column, level: Column) -> Column:
+        """`size` bytes from one rank to another that it meets at `level`; both [N] or both [N, boundaries]."""
+        m, k = self.machine, self.constants
+        seconds, axes = 0.0, np.ndim(level)
+        for index, (bandwidth, latency) in enumerate(zip(m.bandwidth, m.latency, strict=True)):
+            fixed = latency + k.call + (k.message if index > self.server else 0.0)
+            seconds = seconds + (level == index) * (size / _aligned(bandwidth, axes) + _aligned(fixed, axes))
+        return seconds
+
+
+def _aligned(value: Column, axes: int) -> Column:
+    """A constant that differs by layout, beside arrays with further axes."""
+    return value[:, None] if np.ndim(value) == 1 and axes == 2 else value

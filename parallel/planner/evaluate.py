@@ -1,0 +1,106 @@
+"""One truth: what a layout takes, from its schedule played with each stage's own times.
+
+Everything that is printed as a plan comes from here; `search` only ranks with bounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from parallel.layout import Layout
+from parallel.planner.memory import Memory, memory
+from parallel.planner.price import Prices, price
+from parallel.planner.problem import Problem
+from parallel.planner.shape import RECOMPUTE, Candidates, Contents, candidate, contents, joined
+from parallel.schedules import price as play
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What the planner predicts of one layout. Seconds and bytes; arrays by pipeline rank."""
+
+    layout: Layout
+    step: float
+    bound: float
+    """The closed form, which is never above `step`."""
+    pipeline: float
+    """From the first pass to the last."""
+    busy: np.ndarray
+    """[pp]: seconds in which a pipeline rank computes or talks."""
+    prices: Prices
+    memory: Memory
+    fits: bool
+
+    @property
+    def bubble(self) -> float:
+        """The idle share of the pipeline, over all its ranks."""
+        return max(0.0, 1 - float(self.busy.mean()) / self.pipeline)
+
+    @property
+    def peak(self) -> float:
+        """Bytes of the fullest rank."""
+        return float(self.memory.total.max())
+
+
+def price_candidates(problem: Problem, c: Candidates, parts: Contents | None = None, terms: bool = False) -> Prices:
+    """Columns of one schedule, pp and vpp."""
+    parts = parts or contents(problem.model, c.stages)
+    return price(problem.shape, problem.seq_len, c, parts, problem.machine, problem.constants, terms)
+
+
+def memory_of(problem: Problem, c: Candidates, parts: Contents | None = None) -> Memory:
+    """The same of what ranks hold, exactly."""
+    parts = parts or contents(problem.model, c.stages)
+    return memory(problem.shape, problem.seq_len, c, parts, problem.constants)
+
+
+def evaluate(problem: Problem, layouts: Sequence[Layout]) -> list[Estimate]:
+    """Estimates of `layouts`, which must be legal; those that share schedule, pp, vpp and order are played together."""
+    groups: dict[tuple, list[int]] = {}
+    for index, layout in enumerate(layouts):
+        named = layout.recompute if isinstance(layout.recompute, str) else index
+        key = layout.schedule, layout.pp, layout.vpp, layout.order, layout.stages, named if named == index else 0
+        groups.setdefault(key, []).append(index)
+    found: dict[int, Estimate] = {}
+    for members in groups.values():
+        own = [layouts[i] for i in members]
+        rows = joined([candidate(layout, problem.global_batch) for layout in own])
+        parts = _contents(problem, own[0])
+        if parts.again is not None:
+            rows = replace(rows, recompute=np.full(len(rows), RECOMPUTE.index("full")))
+        prices, held = price_candidates(problem, rows, parts, terms=True), memory_of(problem, rows, parts)
+        c = prices.candidates
+        makespan, busy = play(c.schedule, c.pp, c.vpp, c.micro_batches, prices.times)
+        total, bounds = prices.total(makespan), prices.bound
+        for row, (i, layout) in enumerate(zip(members, own, strict=True)):
+            memory_row = Memory(*(getattr(held, f)[row] for f in held.__dataclass_fields__))
+            fits = bool(memory_row.total.max() <= problem.machine.memory)
+            found[i] = Estimate(
+                layout, float(total[row]), float(bounds[row]), float(makespan[row]), busy[row], prices.row(row),
+                memory_row, fits,
+            )  # fmt: skip
+    return [found[i] for i in range(len(layouts))]
+
+
+def _contents(problem: Problem, layout: Layout) -> Contents:
+    """What the stages hold, and of a list of recomputed layers the share of each stage."""
+    sizes = layout.stages if layout.pp > 1 else None
+    parts = contents(problem.model, layout.pp * layout.vpp if layout.pp > 1 else 1, sizes)
+    if isinstance(layout.recompute, str):
+        return parts
+    return replace(parts, again=_shares(problem, layout, parts))
+
+
+def _shares(problem: Problem, layout: Layout, parts: Contents) -> tuple[np.ndarray, np.ndarray]:
+    from parallel.schedules import cut
+
+    model = problem.model
+    counts = np.zeros((2, parts.dense.shape[-1]))
+    spans = cut(model.layers, counts.shape[1], layout.stages if layout.pp > 1 else None)
+    for stage, span in enumerate(spans):
+        for layer in (segment - 1 for segment in span if 0 < segment <= model.layers):
+            counts[int(model.moe.in_layer(layer)), stage] += layer in layout.recompute
+    return counts[0] / np.maximum(parts.dense, 1), counts[1] / np.maximum(parts.sparse, 1)

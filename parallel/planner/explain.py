@@ -1,0 +1,158 @@
+"""Why: what decides between two layouts, what a layout would need, and what a change of the machine would buy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from models.checks import ConfigError
+from parallel.layout import Layout
+from parallel.planner.evaluate import Estimate, evaluate
+from parallel.planner.plan import Plan
+from parallel.planner.problem import Problem
+from parallel.planner.search import Result, Search
+from parallel.topology import Topology
+
+NAMES = {
+    "matmul": "matmuls", "attention": "attention", "passes": "passes over memory", "kernels": "gaps between kernels",
+    "tp": "tensor-parallel traffic", "cp": "context-parallel traffic", "ep": "dispatch to experts",
+    "recompute": "recompute", "pp": "messages between stages", "zero": "gathers and scatters of ZeRO",
+    "bubble": "pipeline bubble", "dp": "gradients and weights over dp", "optimizer": "optimizer",
+    "other": "rest of a step", "stragglers": "waiting for the slowest rank",
+}  # fmt: skip
+"""A term of `Plan.terms` in words."""
+
+
+def difference(first: Plan, other: Plan) -> list[tuple[str, float, float]]:
+    """(term, seconds of each) of two plans, those that differ most first."""
+    names = list(dict.fromkeys([*first.terms, *other.terms]))
+    rows = [(name, first.terms.get(name, 0.0), other.terms.get(name, 0.0)) for name in names]
+    return sorted(rows, key=lambda row: -abs(row[1] - row[2]))
+
+
+def lost_by(best: Plan, other: Plan) -> str:
+    """One line: by how much `other` is slower, and through what."""
+    slower = other.estimate.step / best.estimate.step - 1
+    if abs(slower) < 5e-4:
+        gib = (other.estimate.peak - best.estimate.peak) / 2**30
+        return f"as fast within 0.05 %, with {gib:+.1f} GiB a rank"
+    noise = 1e-4 * best.estimate.step
+    worse = [(name, b - a) for name, a, b in difference(best, other) if b - a > noise][:2]
+    why = " and ".join(f"{NAMES[name]} (+{seconds:.3g} s)" for name, seconds in worse)
+    return f"{slower:.1%} slower: {why or 'of everything a little'}"
+
+
+def verdict(problem: Problem, layout: Layout, best: Plan | None) -> str:
+    """Why a layout that a user expected is not the plan: it is illegal, does not fit, or loses by so much."""
+    try:
+        problem.check(layout)
+    except ConfigError as error:
+        return f"not legal: {error}"
+    estimate = evaluate(problem, [layout])[0]
+    if not estimate.fits:
+        return too_large(problem, estimate)
+    return lost_by(best, Plan(problem, estimate)) if best else "legal, and it fits"
+
+
+def too_large(problem: Problem, estimate: Estimate) -> str:
+    """By how much a layout does not fit, what holds most, and what would make it fit."""
+    place = int(estimate.memory.total.argmax())
+    parts = {name: float(value[place]) for name, value in vars(estimate.memory).items()}
+    most = max(parts, key=lambda name: parts[name])
+    over = (estimate.peak - problem.machine.memory) / 2**30
+    line = (
+        f"does not fit: {estimate.peak / 2**30:.1f} GiB on pipeline rank {place}, {over:.1f} over the limit of "
+        f"{problem.machine.memory / 2**30:.1f}; {most} take {parts[most] / 2**30:.1f}"
+    )
+    remedies = [text for text, changed in _smaller(problem, estimate.layout) if evaluate(problem, [changed])[0].fits]
+    return f"{line}; it fits with {' or '.join(remedies[:3])}" if remedies else f"{line}; no one key makes it fit"
+
+
+def _smaller(problem: Problem, layout: Layout) -> Iterator[tuple[str, Layout]]:
+    """Legal layouts that differ in one key and hold less."""
+    changes: list[dict[str, Any]] = [{"zero": zero} for zero in range(layout.zero + 1, 4) if layout.dp * layout.cp > 1]
+    changes += [{"recompute": name} for name in ("selective", "full") if layout.recompute == "none"]
+    changes += [{"recompute": "full"}] if layout.recompute == "selective" else []
+    changes += [{"micro_batch": size} for size in range(layout.micro_batch - 1, 0, -1)]
+    changes += [{"sequence_parallel": True}] if layout.tp > 1 and not layout.sequence_parallel else []
+    changes += [
+        {"ep": layout.ep * 2},
+        {"tp": layout.tp * 2, "dp": layout.dp // 2},
+        {"pp": layout.pp * 2, "dp": layout.dp // 2},
+    ]
+    for change in changes:
+        try:
+            changed = replace(layout, **change)
+            problem.check(changed)
+        except (ConfigError, ZeroDivisionError):
+            continue
+        yield " ".join(f"layout.{key}={value}" for key, value in change.items()).replace("True", "true"), changed
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What a change of the machine or of the batch would buy."""
+
+    change: str
+    gain: float
+    """Of tokens/s."""
+    plan: Layout | None
+    """The best layout then; None: no layout fits."""
+
+
+def scaled(topology: Topology, plane: str | None = None, bandwidth: float = 1.0, memory: float = 1.0) -> Topology:
+    """`topology` with the bandwidth of one plane and the memory of ranks multiplied."""
+
+    def times(value: float | None, factor: float) -> float | None:
+        return None if value is None else value * factor
+
+    levels = tuple(
+        replace(level, bandwidth=times(level.bandwidth, bandwidth)) if level.plane.name == plane else level
+        for level in topology.levels
+    )
+    rank = replace(topology.rank, memory_gib=times(topology.rank.memory_gib, memory))
+    return replace(topology, levels=levels, rank=rank)
+
+
+def changes(problem: Problem) -> Iterator[tuple[str, Problem]]:
+    """The questions of the sensitivity table."""
+    for plane in problem.topology.planes:
+        topology = scaled(problem.topology, plane=plane.name, bandwidth=1.1)
+        yield f"10 % more bandwidth on {plane.name}", replace(problem, topology=topology)
+    yield "10 % more memory a rank", replace(problem, topology=scaled(problem.topology, memory=1.1))
+    yield "twice the global batch", replace(problem, global_batch=2 * problem.global_batch)
+
+
+def sensitivity(
+    problem: Problem, best: Plan, search: Callable[[Problem], Result] = lambda problem: Search(problem, keep=1).run()
+) -> list[Sensitivity]:
+    """Each change with a search of its own."""
+    found = []
+    for change, changed in changes(problem):
+        result = search(changed)
+        if not result.best:
+            found.append(Sensitivity(change, 0.0, None))
+            continue
+        plan = Plan(changed, result.best[0])
+        found.append(Sensitivity(change, plan.tokens_per_s / best.tokens_per_s - 1, plan.estimate.layout))
+    return found
+
+
+def break_even(problem: Problem, best: Layout, other: Layout, plane: str) -> float | None:
+    """The share of today's bandwidth on `plane` at which `other` overtakes `best`, between 1/16 and 16; None: nowhere
+    there. By bisection: the faster of two changes once."""
+
+    def ahead(factor: float) -> bool:
+        changed = replace(problem, topology=scaled(problem.topology, plane=plane, bandwidth=factor))
+        first, second = evaluate(changed, [best, other])
+        return second.step < first.step
+
+    for end in (1 / 16, 16.0):
+        if ahead(end):
+            near, far = 1.0, end
+            for _ in range(24):
+                middle = (near * far) ** 0.5
+                near, far = (near, middle) if ahead(middle) else (middle, far)
+            return far
+    return None

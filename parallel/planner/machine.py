@@ -1,0 +1,144 @@
+"""Where groups of ranks lie on the levels of a machine, and what their messages cost there.
+
+A group is given by its factors, each a size and a stride in ranks, innermost first. Placements that HCCL allows keep
+the ranks of a server and the servers of a supernode together (rank_table_config_a3.md in hicann/hccl), so that nested
+axes are all there is to choose: `Layout.order`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from models.checks import check
+from parallel.planner.constants import Constants
+from parallel.planner.shape import Candidates, Column
+from parallel.topology import Level, Topology
+
+Factors = Sequence[tuple[Column, Column]]
+"""(size, stride) of the parts of a group, innermost first."""
+
+ANYWHERE = 2**40
+"""Ranks in a block that holds as many as there are."""
+
+
+def factors(candidates: Candidates, axes: Sequence[str]) -> Factors:
+    """The factors of a group along dense `axes`, by the order in which axes nest.
+
+    Without an order every group lies as near as can be, which no order can better.
+    """
+    if candidates.order is None:
+        size = 1
+        for axis in axes:
+            size = size * getattr(candidates, axis)
+        return [(size, 1)]
+    stride, found = 1, []
+    for axis in candidates.order:
+        if axis in axes:
+            found.append((getattr(candidates, axis), stride))
+        stride = stride * getattr(candidates, axis)
+    return found
+
+
+def expert_factors(candidates: Candidates, axis: str) -> Factors:
+    """Of ``ep`` (with etp inside) or ``edp``, which count the ranks of one pipeline stage in their order.
+
+    Ranks between which the stages of a pipeline lie are further apart.
+    """
+    group = candidates.ep * candidates.etp
+    size, stride = (group, 1) if axis == "ep" else (candidates.edp, group)
+    if candidates.order is None:
+        return [(size, 1)]
+    inside = 1
+    for name in candidates.order:
+        if name == "pp":
+            break
+        inside = inside * getattr(candidates, name)
+    # Members before the other stages of the pipeline come between, as groups may begin anywhere that both sizes allow.
+    near = np.where(np.mod(inside, stride) == 0, np.gcd(size, np.maximum(inside // stride, 1)), 1)
+    return [(near, stride), (size // near, np.maximum(stride, inside) * candidates.pp)]
+
+
+def cut(group: Factors, count: Column) -> tuple[Factors, Factors]:
+    """A group's parts of `count` neighbours, and the groups of those that have one place in each part."""
+    near, across = [], []
+    for size, stride in group:
+        inside = np.gcd(size, count)
+        near.append((inside, stride))
+        across.append((size // inside, stride * inside))
+        count = count // inside
+    return near, across
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The levels of a machine as the planner prices them: bandwidth in bytes a second, latency in seconds."""
+
+    topology: Topology
+    levels: tuple[Level, ...]
+    blocks: tuple[int, ...]
+    """Ranks in a block of each level."""
+    bandwidth: tuple[float, ...]
+    latency: tuple[float, ...]
+    flops: float
+    memory_bandwidth: float
+    memory: float
+    """Bytes of a rank."""
+
+    def members(self, group: Factors) -> list[Column]:
+        """Members of a group inside one block of each level, innermost first: of the group that lies worst.
+
+        Of n ranks at stride s a block of R holds gcd(n, R / s), as blocks may cut a group wherever both sizes allow.
+        The outermost block, and others that hold as many, have every group whole.
+        """
+        size = math.prod(size for size, _ in group)
+        return [size if block == self.blocks[-1] else _inside(group, block) for block in self.blocks]
+
+
+def _inside(group: Factors, block: int) -> Column:
+    """Members in a block of `block` ranks. Factors that follow one another without a gap count as one run."""
+    found, whole, size, stride = 1, True, 1, 1
+
+    def own() -> Column:
+        return np.where((stride <= block) & (np.mod(block, stride) == 0), np.gcd(size, block // stride), 1)
+
+    for n, s in group:
+        joined = (np.asarray(n) == 1) | (np.asarray(size) == 1) | (s == size * np.asarray(stride))
+        closed = own()
+        found = np.where(joined, found, np.where(whole, found * closed, found))
+        whole = np.where(joined, whole, np.logical_and(whole, closed == size))
+        stride = np.where(joined & ((np.asarray(size) > 1) | (np.asarray(n) == 1)), stride, s)
+        size = np.where(joined, size * np.asarray(n), n)
+    return np.where(whole, found * own(), found)
+
+
+def machine(topology: Topology, constants: Constants, peak: str = "bfloat16") -> Machine:
+    """`topology` with what `constants` leave of its promises.
+
+    Raises `ConfigError` where it does not say how fast it is.
+    """
+    levels, remedy = topology.levels, "give it in the topology file, or measure it with `busway topology probe`"
+    rank = topology.rank
+    known: Mapping[str, float | None] = {
+        f"rank.peak_tflops.{peak}": rank.peak_tflops.get(peak),
+        "rank.memory_bandwidth": rank.memory_bandwidth,
+        "rank.memory_gib": rank.memory_gib,
+        **{f"levels.{level.name}.bandwidth": level.bandwidth for level in levels},
+    }
+    for name, value in known.items():
+        check(value is not None, f"topology {topology.name}: {name}", "is not known, and a plan needs it", remedy)
+    fastest = max(level.bandwidth for level in levels)
+    shares = [constants.outer if 2 * level.bandwidth <= fastest else constants.inner for level in levels]
+    return Machine(
+        topology,
+        levels,
+        tuple(level.ranks or ANYWHERE for level in levels),
+        tuple(level.bandwidth * 1e9 * share for level, share in zip(levels, shares, strict=True)),
+        tuple((level.latency or 0.0) * 1e-6 for level in levels),
+        known[f"rank.peak_tflops.{peak}"] * 1e12,
+        rank.memory_bandwidth * 1e9,
+        rank.memory_gib * 2**30,
+    )

@@ -1,0 +1,268 @@
+"""What a rank holds, for columns of layouts: the formulas of `parallel.memory` over arrays, and what a device adds.
+
+With the constants of Busway they equal `parallel.memory` to the byte (a test does it over a grid); other frameworks
+keep other numbers of bytes of the same tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from models.config import TALLIES
+from parallel import schedules
+from parallel.planner.constants import Constants
+from parallel.planner.shape import KINDS, RECOMPUTE, Candidates, Column, Contents, Shape, places
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Elements of one kind of segments on one rank, by what shards them."""
+
+    dense: Column
+    experts: Column = 0
+    counted: Column = 0
+    """Of `dense`, what has no moments: routers' biases of the choice and tallies."""
+
+
+def weights(shape: Shape, c: Candidates) -> dict[str, Weights]:
+    """Of each of `KINDS`."""
+    s = shape
+    keys = np.maximum(s.kv_heads // c.tp, 1) * s.head_dim
+    latent = np.asarray(s.kv_rank) > 0
+    queries = np.where(
+        np.asarray(s.q_rank) > 0,
+        s.hidden * s.q_rank + s.q_rank + s.q_rank * s.query // c.tp,
+        s.hidden * s.query // c.tp,
+    )
+    narrow = queries + s.hidden * (s.kv_rank + s.rope) + s.kv_rank
+    narrow = narrow + s.kv_rank * s.heads * (s.nope + s.value) // c.tp
+    wide = s.hidden * (s.query // c.tp + 2 * keys) + 2 * s.head_dim * np.asarray(s.qk_norm)
+    attention = np.where(latent, narrow, wide) + s.values // c.tp * s.hidden
+    norms = 2 * s.hidden * (1 + np.asarray(s.sandwich))
+    block = (s.gates + 1) * s.hidden
+    matrix = s.vocab // c.tp * s.hidden
+    shared = block * s.shared * s.expert_ffn // c.tp
+    routed = s.experts // c.ep * block * s.expert_ffn // c.etp
+    counted = s.experts * (1 + np.asarray(s.biased)) + TALLIES
+    sparse = Weights(attention + norms + s.experts * s.hidden + shared + counted, routed, counted)
+    dense = Weights(attention + norms + block * s.ffn // c.tp)
+    further = np.asarray(s.further)
+    joins = further * (2 * s.hidden * s.hidden + 3 * s.hidden + 2)
+    behind = sparse if np.any(s.experts) else dense
+    counted = further * (2 + behind.counted)
+    ends = matrix * (1 + ((further > 0) & np.logical_not(s.tied)))  # modules of prediction look tokens up too
+    head = Weights(s.hidden + ends + joins + further * behind.dense, further * behind.experts, counted)
+    return {"embedding": Weights(matrix), "dense": dense, "sparse": sparse, "head": head}
+
+
+def saved(shape: Shape, seq_len: Column, c: Candidates) -> dict[str, tuple[Column, Column]]:
+    """(elements that a micro-batch leaves of a segment, what its backward brings back) of each of `KINDS`.
+
+    See `parallel.memory.saved_elements`; logits are not in the head's, as their loss keeps them in another precision.
+    """
+    s = shape
+    tokens = c.micro_batch * seq_len // c.cp
+    stream = np.where(c.sequence_parallel, tokens // c.tp, tokens) * s.hidden
+    heads, share = s.heads // c.tp, np.where(c.sequence_parallel, c.tp, 1)
+    keys = np.maximum(s.kv_heads // c.tp, 1)
+    query = heads * s.head_dim
+    qkv = query + 2 * keys * s.head_dim
+    exchanged = query + 2 * c.ulysses * np.maximum(keys // c.ulysses, 1) * s.head_dim
+    core = exchanged + query + heads + query * (c.ulysses > 1)
+    width = s.nope + s.rope
+    latents = 2 * (s.q_rank + s.kv_rank) // share + 3 * heads * width + heads * s.value
+    full, selective = (np.asarray(c.recompute) == RECOMPUTE.index(name) for name in ("full", "selective"))
+    latent = np.asarray(s.kv_rank) > 0
+    normed = qkv * np.asarray(s.qk_norm)
+    whole = np.where(latent, latents + heads * width + heads, core + normed)
+    without = np.where(latent, latents, qkv + normed)
+    own = tokens // c.tp
+    copies = own * s.top_k * c.etp
+    routed = own * (s.experts + s.top_k) + c.micro_batch * 2 * s.experts + 1
+    routed = routed + copies * (s.hidden + s.gates * s.expert_ffn // c.etp + 2) + s.experts // c.ep
+    routed = routed + np.where((c.tp > 1) & np.logical_not(c.sequence_parallel), own * s.hidden, 0)
+    routed = routed + tokens * (s.gates + 1) * s.shared * s.expert_ffn // c.tp
+    blocks = {"dense": tokens * (s.gates + 1) * s.ffn // c.tp, "sparse": routed}
+    found = {"embedding": (0, 0)}
+    for kind, block in blocks.items():
+        norms = 4 * stream + 2 * stream * np.asarray(s.sandwich) + block
+        everything = norms + tokens * whole
+        kept = np.where(full, stream, np.where(selective, norms + tokens * without, everything))
+        found[kind] = (kept, everything - kept)
+    kept, back = found["sparse" if np.any(s.experts) else "dense"]
+    further = np.asarray(s.further)
+    found["head"] = (
+        2 * stream * (1 + further) + tokens + further * (np.where(full, 0, 3 * stream + kept) + tokens + 1),
+        further * back,
+    )
+    return found
+
+
+@lru_cache(maxsize=16384)
+def live(schedule: str, pp: int, vpp: int, micro_batches: int) -> np.ndarray:
+    """float [pp, S]: of each rank's stages, the micro-batches in flight at the peak of their number.
+
+    Where a rank's stages weigh differently it may hold more at another moment, never less.
+    """
+    if schedule in ("gpipe", "1f1b", "interleaved") or pp == 1:
+        rank = np.arange(pp)[:, None]
+        chunk, place = divmod(np.arange(pp * vpp), pp)
+        turn = pp if schedule == "interleaved" else 1  # micro-batches that pass one chunk before the next
+        warm_up = {"gpipe": micro_batches, "interleaved": 2 * (pp - rank - 1) + (vpp - 1) * pp}
+        forwards = np.minimum(warm_up.get(schedule, pp - rank - 1) + 1, micro_batches * vpp)
+        rounds, rest = np.divmod(forwards, turn * vpp)
+        return np.where(place == rank, rounds * turn + np.clip(rest - chunk * turn, 0, turn), 0).astype(float)
+    found, plan = np.zeros((pp, pp * vpp)), schedules.make(schedule, pp, vpp, min(micro_batches, 3 * pp))
+    for rank, actions in enumerate(plan.actions):
+        held, most = [0] * plan.stages, 0
+        for kind, _, stage in actions:
+            if kind == schedules.FORWARD:
+                held[stage] += 1
+                if sum(held) > most:
+                    most, found[rank] = sum(held), held
+            elif kind != schedules.INPUT:
+                held[stage] -= 1
+    return found
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of each pipeline rank, arrays [N, pp]."""
+
+    weights: np.ndarray
+    gradients: np.ndarray
+    optimizer: np.ndarray
+    activations: np.ndarray
+    passing: np.ndarray
+    """What comes and goes: gathered weights, a micro-batch's gradients, logits, what recompute brings back."""
+    fixed: np.ndarray
+    """Framework, driver, communicators and fragments."""
+
+    @property
+    def total(self) -> np.ndarray:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.passing + self.fixed
+
+
+def communicators(c: Candidates) -> Column:
+    """Groups of ranks that talk: tp, the two of cp, dp x cp, of experts three, pipeline neighbours, and the world's."""
+    found = sum(np.asarray(size > 1, float) for size in (c.tp, c.ulysses, c.cp // c.ulysses, c.dp * c.cp, c.edp))
+    found = found + np.asarray(c.ep * c.etp > 1, float) + (np.asarray(c.tp) * c.pp > 1)
+    found = found + np.where((c.zero > 0) & (c.shards < c.dp * c.cp), 2.0, 0.0)
+    return found + min(c.pp - 1, 2)
+
+
+def memory(shape: Shape, seq_len: Column, c: Candidates, parts: Contents, k: Constants) -> Memory:
+    """What every pipeline rank holds at its peak."""
+    return Holding(shape, seq_len, c, k).memory(c, parts, exact=True)
+
+
+class Holding:
+    """What layouts of one pp hold by kind of segment, whatever their schedule. Arrays [N, kinds]."""
+
+    def __init__(self, shape: Shape, seq_len: Column, base: Candidates, k: Constants) -> None:
+        self.shape, self.k, self.rows = shape, k, len(base)
+        held, kept = weights(shape, base), saved(shape, seq_len, base)
+        self.dense = self.table({kind: w.dense for kind, w in held.items()})
+        self.experts = self.table({kind: w.experts for kind, w in held.items()})
+        self.counted = self.table({kind: w.counted for kind, w in held.items()})
+        self.saved = self.table({kind: numbers for kind, (numbers, _) in kept.items()})
+        self.back = self.table({kind: numbers for kind, (_, numbers) in kept.items()})
+        tokens = base.micro_batch * seq_len // base.cp
+        self.logits = self.column(tokens * (shape.vocab // base.tp))
+        self.scores = self.column(tokens * seq_len * (shape.heads / base.tp) * np.asarray(k.score_bytes))
+
+    def table(self, per_kind: dict[str, Column]) -> np.ndarray:
+        """[N, kinds]"""
+        found = np.zeros((self.rows, len(KINDS)))
+        for kind, value in per_kind.items():
+            found[:, KINDS.index(kind)] = value
+        return found
+
+    def column(self, value: Column) -> np.ndarray:
+        """[N, 1]"""
+        return np.broadcast_to(np.asarray(value, float), (self.rows,))[:, None]
+
+    def memory(self, c: Candidates, parts: Contents, rows: Any = slice(None), exact: bool = False) -> Memory:
+        """Of those `rows` of the base that are `c`, under its schedule, with stages of `parts`.
+
+        Unless it is to be `exact`, activations are those of one moment (`live`): no more than at the peak.
+        """
+        k = self.k
+        counts = np.stack([parts.counts(kind) for kind in KINDS], -2).astype(float)  # [kinds, S] or [N, kinds, S]
+        place, _ = places(c.schedule, c.pp, c.stages + 1)
+        on_rank = (place[:, None] == np.arange(c.pp)).astype(float)
+        by_rank = counts @ on_rank
+
+        def column(value: Column) -> np.ndarray:
+            return self.column(value)[rows]
+
+        def own(value: Column) -> np.ndarray:
+            return np.broadcast_to(np.asarray(value, float), (len(c),))[:, None]
+
+        dense, experts = spread(self.dense[rows], by_rank), spread(self.experts[rows], by_rank)
+        ends = (by_rank[..., KINDS.index("embedding"), :] > 0) & (by_rank[..., KINDS.index("head"), :] > 0)
+        shared = np.asarray(self.shape.tied) | (np.asarray(self.shape.further) > 0)
+        dense = dense - ends * column(shared) * self.dense[rows, :1]  # what both ends use is there once
+        whole = dense + experts
+        zero = own(np.where(c.dp * c.cp > 1, c.zero, 0))
+        cut = dense / own(c.shards) + experts / own(c.expert_shards)
+        pieces = np.where(zero > 0, cut, whole)
+        accumulates = (own(c.micro_batches) > 1) | (c.pp > 1) | (zero == 3)
+        held = np.where(zero == 3, pieces, whole) * column(k.weight_bytes)
+        gradients = np.where(zero >= 2, pieces, whole) * column(k.gradient_bytes) * accumulates
+        owned = np.where((zero == 1) | (zero == 2), column(k.own_bytes), 0.0)
+        counted = spread(self.counted[rows], by_rank) / np.where(zero > 0, own(c.shards), 1)
+        optimizer = (pieces - counted) * column(k.optimizer_bytes) + pieces * owned
+        activations, passing = self._activations(c, parts, counts, by_rank, rows, exact)
+        present = np.asarray(by_rank > 0)  # kinds of each rank
+        largest = (present * (self.dense + self.experts)[rows][:, :, None]).max(1) * column(k.weight_bytes)
+        once = np.where(zero == 3, largest, whole * column(k.weight_bytes))
+        copies = np.where(own(c.dp * c.cp) > 1, column(k.gradient_copies), np.minimum(column(k.gradient_copies), 1.0))
+        passing = passing + np.where(zero == 3, largest, 0.0) + once * copies
+        allocated = held + gradients + optimizer + activations + passing
+        fixed = GIB * (column(k.reserve) + column(k.buffers) * own(communicators(c))) + column(k.fragments) * allocated
+        return Memory(held, gradients, optimizer, activations, passing, fixed)
+
+    def _activations(
+        self, c: Candidates, parts: Contents, counts: np.ndarray, by_rank: np.ndarray, rows: Any, exact: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(saved, coming and going) bytes of every rank, [N, pp]."""
+        k = self.k
+        item = self.column(k.item_bytes * np.asarray(k.saved))[rows]
+        logits = self.logits[rows]
+        head = KINDS.index("head")
+        stage = spread(self.saved[rows], counts) * item
+        heads = self.column((1 + np.asarray(self.shape.further)) * np.asarray(k.logit_bytes))[rows]
+        stage = stage + counts[..., head, :] * logits * heads
+        scores, again = self.scores[rows], np.broadcast_to(np.asarray(c.recompute) > 0, (len(c),))[:, None]
+        for index, kind in enumerate(("dense", "sparse")):
+            # Of the layers that recompute does not name everything is saved.
+            rest = 0.0 if parts.again is None else 1 - np.asarray(parts.again[index])
+            number = KINDS.index(kind)
+            layers, beside = counts[..., number, :], self.back[rows][:, number, None] * item
+            stage = stage + layers * (rest * beside + np.where(again, rest, 1.0) * scores)
+        if exact:
+            kept = schedules.peak_live(c.schedule, c.pp, c.vpp, c.micro_batches, stage, stage)
+        else:
+            kept = np.empty((len(c), c.pp))
+            numbers = np.broadcast_to(np.asarray(c.micro_batches), (len(c),))
+            if c.schedule != "gpipe":  # beyond these, more micro-batches prolong the middle alone
+                numbers = np.minimum(numbers, 2 * c.vpp * c.pp if c.schedule == "interleaved" else 3 * c.pp)
+            for m in np.unique(numbers):
+                same = numbers == m
+                kept[same] = stage[same] @ live(c.schedule, c.pp, c.vpp, int(m)).T
+        beside = self.back[rows] * item + scores * again * np.isin(KINDS, ("dense", "sparse"))
+        back = ((by_rank > 0) * beside[:, :, None]).max(1)
+        last = (by_rank[..., head, :] > 0) * logits * self.column(k.logits * np.asarray(k.item_bytes))[rows]
+        return kept, np.maximum(back, last)
+
+
+def spread(table: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """[N, kinds] over [kinds, S] or [N, kinds, S]: [N, S]."""
+    return table @ counts if counts.ndim == 2 else np.einsum("nk,nks->ns", table, counts)

@@ -1,0 +1,293 @@
+"""The time of a step, for columns of layouts: what each stage's passes take, and a bound on their pipeline.
+
+`Pricing` knows what layouts of one pp take by kind of segment; `prices` gives that to the stages of one schedule. What
+comes out, `Prices`, has every pass of every virtual stage: `parallel.schedules.price` plays the schedule with them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from parallel.planner.communication import Group
+from parallel.planner.compute import TERMS, Compute, Passes
+from parallel.planner.constants import Constants
+from parallel.planner.machine import Machine, cut, expert_factors, factors
+from parallel.planner.memory import spread, weights
+from parallel.planner.shape import KINDS, Candidates, Column, Contents, Shape, places
+from parallel.schedules import Times, lower_bound
+
+WHOLE, NEAR, ACROSS = range(3)
+"""Of the groups that gradients travel over (`Pricing.groups`)."""
+
+
+@dataclass(frozen=True)
+class Prices:
+    """Seconds of one step of every layout. Arrays [N, S] by virtual stage, [N, pp] by pipeline rank, or [N]."""
+
+    candidates: Candidates
+    forward: np.ndarray
+    input: np.ndarray
+    weight: np.ndarray
+    transfer: np.ndarray
+    """[N, S - 1]: a message over the s-th boundary."""
+    traffic: np.ndarray
+    """[N, pp]: of gradients and weights over dp, behind the pipeline, that nothing hides."""
+    update: np.ndarray
+    """[N, pp]: the optimizer."""
+    step: np.ndarray
+    """[N]: what every step takes beside."""
+    factor: np.ndarray
+    """[N]: by which a step is longer as ranks wait for the slowest."""
+    terms: dict[str, np.ndarray]
+    """[N, S]: parts of the three passes of a stage together; empty unless asked for."""
+
+    @property
+    def times(self) -> Times:
+        """Of every pass, as schedules are priced with."""
+        return Times(self.forward, self.input + self.weight, self.input, self.weight, self.transfer)
+
+    @cached_property
+    def behind(self) -> np.ndarray:
+        """[N]: what follows the pipeline."""
+        return (self.traffic + self.update).max(1) + self.step
+
+    @cached_property
+    def rough(self) -> np.ndarray:
+        """[N]: a step takes no less. Quick to work out, as no schedule is made.
+
+        Every rank waits for the first micro-batch to come through the stages before its own, and then has its work.
+        """
+        c = self.candidates
+        place, _ = places(c.schedule, c.pp, c.stages + 1)
+        work = (self.forward + self.input + self.weight) @ (place[:, None] == np.arange(c.pp)).astype(float)
+        comes = np.zeros_like(work)
+        comes[:, 1:] = np.cumsum(self.forward[:, : c.pp - 1] + self.transfer[:, : c.pp - 1], 1)
+        return self.total((comes + np.asarray(c.micro_batches)[:, None] * work).max(1) * (1 - 1e-12))
+
+    @cached_property
+    def bound(self) -> np.ndarray:
+        """[N]: a step takes no less."""
+        c = self.candidates
+        return self.total(lower_bound(c.schedule, c.pp, c.vpp, c.micro_batches, self.times))
+
+    def row(self, row: int) -> Prices:
+        """One layout's."""
+        names = [name for name in self.__dataclass_fields__ if isinstance(getattr(self, name), np.ndarray)]
+        terms = {name: value[row : row + 1] for name, value in self.terms.items()}
+        own = {name: getattr(self, name)[row : row + 1] for name in names}
+        return replace(self, candidates=self.candidates.take(np.array([row])), terms=terms, **own)
+
+    def total(self, pipeline: np.ndarray) -> np.ndarray:
+        """The step whose passes end after `pipeline`."""
+        return (pipeline + self.behind) * self.factor
+
+
+def price(
+    shape: Shape, seq_len: Column, candidates: Candidates, parts: Contents, machine: Machine, constants: Constants,
+    terms: bool = False,
+) -> Prices:  # fmt: skip
+    """Price every layout of `candidates`, whose stages hold `parts`, with its `terms` or without."""
+    return Pricing(shape, seq_len, candidates, machine, constants).prices(candidates, parts, terms=terms)
+
+
+class Pricing:
+    """What layouts of one pp and nesting take by kind of segment, whatever their schedule. Arrays [N, kinds]."""
+
+    def __init__(
+        self, shape: Shape, seq_len: Column, base: Candidates, machine: Machine, k: Constants, sparse: bool = True
+    ) -> None:  # fmt: skip
+        self.shape, self.base, self.machine, self.k, self.rows = shape, base, machine, k, len(base)
+        self.compute = Compute(shape, seq_len, base, machine, k)
+        self.passes = self.compute.passes(sparse and bool(np.any(shape.experts)))
+        found = {kind: self.passes.get(kind, Passes()) for kind in KINDS}
+        self.forward = self.table({kind: p.forward.total for kind, p in found.items()})
+        self.input = self.table({kind: p.input.total for kind, p in found.items()})
+        self.weight = self.table({kind: p.weight.total for kind, p in found.items()})
+        again = {kind: self.compute.again(found[kind]) for kind in ("dense", "sparse")}
+        self.again = self.table(again)
+        held = weights(shape, base)
+        self.elements = self.table({kind: w.dense for kind, w in held.items()})
+        self.experts = self.table({kind: w.experts for kind, w in held.items()})
+
+    def column(self, value: Column) -> np.ndarray:
+        """[N, 1]"""
+        return np.broadcast_to(np.asarray(value, float), (self.rows,))[:, None]
+
+    def table(self, per_kind: dict[str, Column]) -> np.ndarray:
+        """[N, kinds]"""
+        found = np.zeros((self.rows, len(KINDS)))
+        for kind, value in per_kind.items():
+            found[:, KINDS.index(kind)] = value
+        return found
+
+    @cached_property
+    def groups(self) -> tuple[tuple[Group, Group, Group], ...]:
+        """Over which gradients of dense weights, and of experts, travel: all ranks, the parts of them that share one
+        set of pieces, and those across which pieces are the same."""
+        c, network, found = self.base, self.compute.network, []
+        for own, shards in ((factors(c, ("dp", "cp")), c.shards), (expert_factors(c, "edp"), c.expert_shards)):
+            near, across = cut(own, np.where(c.zero > 0, shards, 1))
+            found.append((network.group(own), network.group(near), network.group(across)))
+        return tuple(found)
+
+    @cached_property
+    def reduced(self) -> np.ndarray:
+        """[N, kinds]: an all-reduce for each byte of a weight."""
+        return 2 * self._halves(WHOLE)
+
+    @cached_property
+    def scattered(self) -> np.ndarray:
+        """[N, kinds]: a reduce-scatter, or a gather, for each byte of a weight among those that share its pieces."""
+        return self._halves(NEAR)
+
+    @cached_property
+    def shared(self) -> np.ndarray:
+        """[N, kinds]: an all-reduce of a weight's pieces, for each of its bytes, across those that have the same."""
+        return 2 * self._halves(ACROSS)
+
+    def _halves(self, which: int) -> np.ndarray:
+        c, found = self.base, 0.0
+        for elements, groups, shards in zip(
+            (self.elements, self.experts), self.groups, (c.shards, c.expert_shards), strict=True
+        ):
+            each = groups[which].half_byte / (np.maximum(shards, 1) if which == ACROSS else 1)
+            found = found + elements * self.column(each)
+        return found
+
+    def calls(self, which: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """[N, kinds] whether there are dense weights, or experts; and [N, 1] what one of their collectives costs beside
+        its bytes."""
+        pairs = zip((self.elements, self.experts), self.groups, strict=True)
+        return [((elements > 0).astype(float), self.column(groups[which].half_call)) for elements, groups in pairs]
+
+    @cached_property
+    def updates(self) -> np.ndarray:
+        """[N, kinds]: AdamW reads and writes its state, weights and gradients once."""
+        c, k = self.base, self.k
+        moved = 2 * (k.optimizer_bytes + k.own_bytes) + k.gradient_bytes + k.weight_bytes
+        dense, experts = (np.where(c.zero > 0, shards, 1) for shards in (c.shards, c.expert_shards))
+        elements = self.elements / self.column(dense) + self.experts / self.column(experts)
+        return elements * self.column(moved * k.optimizer / (self.machine.memory_bandwidth * k.memory))
+
+    def prices(self, c: Candidates, parts: Contents, rows: Any = slice(None), terms: bool = False) -> Prices:
+        """Of those `rows` of the base that are `c`, under its schedule, with stages of `parts`."""
+        return _Stages(self, c, parts, rows).prices(terms)
+
+
+class _Stages:
+    """One call of `Pricing.prices`."""
+
+    def __init__(self, base: Pricing, c: Candidates, parts: Contents, rows: Any) -> None:
+        self.base, self.c, self.parts, self.rows, self.k = base, c, parts, rows, base.k
+        counts = np.stack([parts.counts(kind) for kind in KINDS], -2)  # [kinds, S] or [N, kinds, S]
+        self.counts = counts.astype(float)
+        self.place, _ = places(c.schedule, c.pp, c.stages + 1)
+        self.on_rank = (self.place[:, None] == np.arange(c.pp)).astype(float)
+
+    def own(self, value: Column) -> np.ndarray:
+        """[N, 1]"""
+        return self.base.column(value)[self.rows]
+
+    def stages(self, table: np.ndarray, counts: np.ndarray | None = None) -> np.ndarray:
+        """[N, S]: of each stage, the sum over what it holds of a table by kind."""
+        return spread(table[self.rows], self.counts if counts is None else counts)
+
+    def prices(self, detailed: bool) -> Prices:
+        base, c, k = self.base, self.c, self.k
+        forward, inputs, weight = (self.stages(table) for table in (base.forward, base.input, base.weight))
+        again = self.again()
+        transfer = self.transfers()
+        sent = (1 - self.own(k.hide_pp)) * self.sends(transfer)
+        walks = self.walked(forward, 1), self.walked(inputs + weight + again, 2)
+        terms: dict[str, np.ndarray] = {}
+        if detailed:
+            terms = {term: self.term(term) for term in TERMS}
+            terms |= {"recompute": again, "pp": 2 * sent, "zero": walks[0] + walks[1]}
+        traffic = self.traffic((inputs + weight) @ self.on_rank)
+        update = self.stages(base.updates) @ self.on_rank
+        step = np.broadcast_to(np.asarray(k.step, float), (base.rows,))[self.rows]
+        return Prices(
+            c, forward + sent + walks[0], inputs + again + sent + walks[1], weight, transfer, traffic, update, step,
+            self.factor(), terms,
+        )  # fmt: skip
+
+    def term(self, term: str) -> np.ndarray:
+        """[N, S]"""
+        passes = self.base.passes.items()
+        sums = {k: sum(each.seconds.get(term, 0.0) for each in (p.forward, p.input, p.weight)) for k, p in passes}
+        return self.stages(self.base.table(sums))
+
+    def again(self) -> np.ndarray:
+        """[N, S]: what recompute runs again in a stage's backward."""
+        if self.parts.again is None:
+            return self.stages(self.base.again)
+        shares = np.zeros_like(self.counts)
+        for kind, share in zip(("dense", "sparse"), self.parts.again, strict=True):
+            shares[..., KINDS.index(kind), :] = share
+        return self.stages(self.base.again, self.counts * shares)
+
+    def transfers(self) -> np.ndarray:
+        """[N, S - 1]: the stream to the next stage; 0 where it lies on the same rank."""
+        c, network = self.c, self.base.compute.network
+        if c.stages == 1:
+            return np.zeros((len(c), 0))
+        place, following = places(c.schedule, c.pp, c.stages)
+        distance = np.broadcast_to(np.asarray(factors(c, ("pp",))[0][1]), (len(c),))[:, None]
+        beside = np.abs(place - following) == 1
+        level = network.level_between(distance, np.where(beside, np.minimum(place, following), 0))
+        if c.pp > 2:  # from the last rank back to the first
+            level = np.where(beside | (place == following), level, network.level_of_ends(distance, c.pp))
+        level = np.broadcast_to(level, (len(c), c.stages - 1))
+        size = self.own(self.k.item_bytes * self.base.compute.stream * self.base.shape.hidden)
+        seconds = network.message(np.broadcast_to(size, level.shape), level)
+        return np.where(place == following, 0.0, seconds)
+
+    def sends(self, transfer: np.ndarray) -> np.ndarray:
+        """[N, S]: what a stage sends on in one direction, on average over the two."""
+        found = np.zeros((len(transfer), self.c.stages))
+        found[:, :-1] += transfer / 2
+        found[:, 1:] += transfer / 2
+        return found
+
+    def walked(self, beside: np.ndarray, gathers: int) -> np.ndarray:
+        """[N, S]: weights that ZeRO 3 gathers in a pass, and gradients that it and ZeRO 2 scatter in backwards, as far
+        as the pass beside does not hide them."""
+        base, c, k = self.base, self.c, self.k
+        third, second = (np.asarray(c.zero) == zero for zero in (3, 2))
+        if not np.any(third | second):
+            return np.zeros_like(beside)
+        scattered = self.stages(base.scattered)
+        calls = sum(self.stages(there) * each[self.rows] for there, each in base.calls(NEAR))
+        total = third[:, None] * (self.own(k.message_bytes) * scattered + calls)
+        if gathers == 2:
+            total = total + (third | second)[:, None] * (self.own(k.gradient_bytes) * scattered + calls)
+        return np.maximum(total - beside, total * (1 - self.own(k.hide_dp)))
+
+    def traffic(self, backward: np.ndarray) -> np.ndarray:
+        """[N, pp]: gradients behind the last micro-batch, and weights gathered behind the optimizer."""
+        base, c, k = self.base, self.c, self.k
+        zero = np.where(np.broadcast_to(np.asarray(c.dp * c.cp) > 1, (len(c),)), c.zero, 0)[:, None]
+        reduced, scattered, shared = (
+            self.stages(table) @ self.on_rank for table in (base.reduced, base.scattered, base.shared)
+        )
+        waits = [
+            sum(((self.stages(there) @ self.on_rank) > 0) * each[self.rows] for there, each in base.calls(which))
+            for which in (WHOLE, NEAR, ACROSS)
+        ]
+        size = self.own(k.gradient_bytes)
+        gradients = np.where(zero == 0, size * reduced + 2 * waits[WHOLE], size * shared + 2 * waits[ACROSS])
+        gradients = gradients + (zero == 1) * (size * scattered + waits[NEAR])
+        gathered = ((zero == 1) | (zero == 2)) * (self.own(k.message_bytes) * scattered + waits[NEAR])
+        exposed = np.maximum(gradients - backward, gradients * (1 - self.own(k.hide_dp)))
+        return exposed + gathered * (1 - self.own(k.hide_gather))
+
+    def factor(self) -> np.ndarray:
+        """[N]: each doubling of the ranks above one node's adds `spread`."""
+        c, machine = self.c, self.base.machine
+        ranks = np.broadcast_to(np.asarray(c.dp * c.cp * c.tp * c.pp, float), (len(c),))
+        nodes = np.maximum(ranks / machine.blocks[self.base.compute.network.server], 1)
+        return 1 + self.own(self.k.spread)[:, 0] * np.log2(nodes)

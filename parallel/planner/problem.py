@@ -1,0 +1,113 @@
+"""What the planner is asked: a model, a batch, a machine, and what the user fixed."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from models.checks import check, check_at_least
+from models.config import ModelConfig
+from parallel.layout import Layout
+from parallel.planner.constants import Constants, Fit, constants, tables
+from parallel.planner.machine import Machine, machine
+from parallel.planner.shape import Shape
+from parallel.topology import Level, Topology
+
+CHOSEN = (
+    "tp", "sequence_parallel", "pp", "vpp", "schedule", "cp", "cp_method", "cp_ulysses", "ep", "etp", "dp", "zero",
+    "zero_group", "micro_batch", "recompute", "order",
+)  # fmt: skip
+"""Keys of a layout that the planner chooses unless they are fixed."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One question. Raises `models.checks.ConfigError` for what cannot be planned."""
+
+    model: ModelConfig
+    seq_len: int
+    global_batch: int
+    topology: Topology
+    positions: tuple[int, ...]
+    """Where on the machine ranks may run, ascending: all of it, or what a scheduler or a fault leaves."""
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    """Keys of `Layout` that the user gave: of `CHOSEN`, they are not searched over; others are passed on."""
+    framework: str = "busway"
+    hide: Mapping[str, float] = field(default_factory=dict)
+    """Overlap by kind of traffic (tp, dp, ep, cp, pp), 0 to 1, over what the constants say."""
+    imbalance: float | None = None
+    """The busiest rank's rows of experts over the mean, over what the constants say."""
+
+    def __post_init__(self) -> None:
+        check_at_least("plan.ranks", len(self.positions), 1)
+        check_known(self.topology)
+
+    @property
+    def ranks(self) -> int:
+        return len(self.positions)
+
+    @cached_property
+    def fit(self) -> Fit:
+        """The constants, and how well they fit."""
+        found = constants(self.topology.rank.device, self.framework)
+        changed = {f"hide_{kind}": float(share) for kind, share in self.hide.items()}
+        if self.imbalance is not None:
+            changed["imbalance"] = self.imbalance
+        return replace(found, constants=replace(found.constants, **changed))
+
+    @property
+    def constants(self) -> Constants:
+        return self.fit.constants
+
+    @cached_property
+    def machine(self) -> Machine:
+        """The levels as prices see them: blocks of what is there, the same for every group."""
+        return machine(usable(self.topology, self.positions), self.constants)
+
+    @cached_property
+    def shape(self) -> Shape:
+        return Shape.of(self.model)
+
+    @cached_property
+    def flops_per_token(self) -> int:
+        """By `models.config.FLOPS_CONVENTION`. Kept: of a model with many experts it takes most of a second."""
+        return self.model.flops_per_token(self.seq_len)
+
+    def check(self, layout: Layout) -> None:
+        """Raise `ConfigError` unless `layout` is legal for this model, batch and number of ranks."""
+        layout.check_world(self.ranks)
+        layout.check_batch(self.global_batch)
+        layout.check_model(self.model, self.seq_len)
+        layout.pipeline(self.global_batch)
+
+
+def check_known(topology: Topology) -> None:
+    """Raise `ConfigError` unless it is known what the machine is made of."""
+    device = topology.rank.device or ""
+    check(
+        device in tables() or device.endswith(".yaml"),
+        f"topology {topology.name}: rank.device",
+        f"is {device} and has no constants" if device else "is not known, and a plan needs its constants",
+        f"name one of {', '.join(tables())} in the topology file, or choose another topology",
+    )
+
+
+def usable(topology: Topology, positions: Sequence[int]) -> Topology:
+    """`topology` with the blocks that every group of consecutive ranks on `positions` can count on.
+
+    Where blocks of a level hold different numbers of free ranks, that is their greatest common divisor: what lies
+    inside such a block lies inside one of the machine's. One block that holds all of them has as many as there are, so
+    that every group lies inside it, whatever its size.
+    """
+    levels: list[Level] = []
+    for level in topology.levels:
+        if level.ranks is None:
+            ranks = len(positions)
+        else:
+            ranks = math.gcd(*Counter(position // level.ranks for position in positions).values())
+        levels.append(replace(level, ranks=ranks))
+    return replace(topology, levels=tuple(levels))

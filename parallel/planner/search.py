@@ -1,0 +1,269 @@
+"""The search: the best layouts of a problem, with proof that none was missed.
+
+Three grains, each with a bound that no layout of it can beat. A *coarse* row (what cuts the model) takes at least its
+computation and traffic, evenly spread over the pipeline. A *fine* row adds schedule, ZeRO and recompute, the closed
+form of its pipeline, and every group as near as can be on the machine. A *layout* adds the nesting of the axes. Layouts
+are simulated in the order of their bounds, until no bound is below the worst of the best that are asked for.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import permutations
+from typing import NamedTuple
+
+import numpy as np
+
+from parallel.layout import ORDER, Layout
+from parallel.planner.bounds import Bounds, coarse_bounds
+from parallel.planner.evaluate import Estimate, evaluate, price_candidates
+from parallel.planner.memory import Holding
+from parallel.planner.price import Pricing
+from parallel.planner.problem import CHOSEN, Problem
+from parallel.planner.shape import Candidates, contents, joined
+from parallel.planner.space import Space
+
+CHUNKS = (512, 8192)
+"""Coarse rows that are refined together: at first, and at most; each time four times as many."""
+FRONT = 24
+"""Shares of the memory, of each of which the front has at most one layout."""
+BATCH = 16
+"""Fine rows that are placed and simulated together."""
+
+
+class Fine(NamedTuple):
+    """A fine row in the queue, by its bound."""
+
+    bound: float
+    memory: float
+    number: int
+    group: Candidates
+    row: int
+
+
+@dataclass
+class Result:
+    """What a search found."""
+
+    best: list[Estimate]
+    """Ascending by step time, ties by memory."""
+    front: list[Estimate]
+    """Those that no other beats in both time and memory, as far as their bounds were looked at."""
+    coarse: int = 0
+    """Coarse rows: all of the space."""
+    ranked: int = 0
+    """Fine rows whose time and memory were computed."""
+    fitting: int = 0
+    """Of these, those that fit into memory."""
+    simulated: int = 0
+    nearest: Estimate | None = None
+    """If nothing fits, what is least too large."""
+    seconds: float = 0.0
+
+
+@dataclass
+class Search:
+    """One search for the `keep` best layouts."""
+
+    problem: Problem
+    keep: int = 5
+    progress: Callable[[str], None] = lambda line: None
+    exhaustive: bool = False
+    """Simulate every layout that fits: for tests and small spaces."""
+    limit: float | None = None
+    """Layouts that take as many seconds a step are of no interest."""
+    result: Result = field(default_factory=lambda: Result([], []))
+    _queue: list[Fine] = field(default_factory=list)
+    _number: int = 0
+    _front: dict[int, tuple[float, Candidates, int]] = field(default_factory=dict)
+
+    def run(self) -> Result:
+        """Raises nothing: a result without `best` has `nearest`, the layout that misses by least, if any is legal."""
+        begin = time.perf_counter()
+        space = Space(self.problem)
+        coarse = self._coarse(space)
+        position, chunk = 0, CHUNKS[0]
+        while True:
+            upcoming = coarse[position][0] if position < len(coarse) else np.inf
+            waiting = self._queue[0].bound if self._queue else np.inf
+            least = min(upcoming, waiting)
+            if least == np.inf or least >= self._limit() and not self.exhaustive:
+                break
+            if upcoming <= waiting:
+                self._refine(space, coarse[position : position + chunk])
+                position, chunk = position + chunk, min(4 * chunk, CHUNKS[1])
+            for _ in range(4):  # the sooner good layouts are known, the fewer rows are refined
+                self._simulate()
+        if not self.result.best and self.result.nearest is None:
+            self._least(space)
+        self.result.best.sort(key=lambda found: (found.step, found.peak))
+        if self.keep > 1:
+            self.result.front = self._simulate_front()
+        self.result.best = self.result.best[: self.keep] if not self.exhaustive else self.result.best
+        self.result.seconds = time.perf_counter() - begin
+        return self.result
+
+    def _limit(self) -> float:
+        """A bound that reaches this can be left out."""
+        steps = sorted(found.step for found in self.result.best)
+        own = steps[self.keep - 1] if len(steps) >= self.keep else np.inf
+        return own if self.limit is None else min(own, self.limit)
+
+    def _coarse(self, space: Space) -> list[tuple[float, int, dict, int]]:
+        """(bound, pp, columns, row) of every coarse row that may fit, ascending."""
+        found = []
+        for pp, rows in space.coarse():
+            self.result.coarse += len(rows["tp"])
+            bounds = coarse_bounds(space, pp, rows)
+            best = bounds.min((0, 1))
+            own = {**rows, "bounds": bounds.transpose(2, 0, 1)}
+            found += [(float(best[row]), pp, own, int(row)) for row in np.flatnonzero(best < np.inf)]
+        return sorted(found, key=lambda entry: entry[0])
+
+    def _refine(self, space: Space, chunk: list) -> None:
+        """Time and memory of all fine rows of a chunk, and those that may be among the best into the queue."""
+        by_pp: dict[int, tuple[dict, list[int]]] = {}
+        for _, pp, rows, row in chunk:
+            by_pp.setdefault(pp, (rows, []))[1].append(row)
+        for pp, (rows, indices) in by_pp.items():
+            own = {name: column[indices] for name, column in rows.items()}
+            wanted = own.pop("bounds").transpose(1, 2, 0) < (np.inf if self.exhaustive else self._limit())
+            for base, pricing, holding in self._promising(space, space.fine(pp, own, wanted)):
+                for group, taken in space.scheduled(base):
+                    self._rank(group, taken, pricing, holding)
+        self.progress(f"{self.result.ranked:,} layouts ranked, {self.result.simulated:,} simulated")
+
+    def _promising(self, space: Space, base: Candidates) -> Iterator[tuple[Candidates, Pricing, Holding]]:
+        """Rows of which some schedule may fit and be among the best."""
+        problem = self.problem
+        for last in (False, True):
+            if not len(base):
+                return
+            pricing = Pricing(problem.shape, problem.seq_len, base, problem.machine, problem.constants)
+            holding = Holding(problem.shape, problem.seq_len, base, problem.constants)
+            if last:
+                yield base, pricing, holding
+                return
+            bounds = Bounds(space, base, pricing, holding).seconds()
+            base = base.take(np.flatnonzero(bounds < (np.inf if self.exhaustive else self._limit())))
+
+    def _rank(self, group: Candidates, taken: np.ndarray, pricing: Pricing, holding: Holding) -> None:
+        problem, result = self.problem, self.result
+        parts = contents(problem.model, group.stages)
+        result.ranked += len(group)
+        total = holding.memory(group, parts, taken).total.max(1)
+        fits = total <= problem.machine.memory
+        result.fitting += int(fits.sum())
+        if not fits.all() and not result.best:
+            self._keep_nearest(group, total)
+        rows = np.flatnonzero(fits)
+        if not len(rows):
+            return
+        group, total = group.take(rows), total[rows]
+        if not self.exhaustive:
+            rough = pricing.prices(group, parts, taken[rows]).rough
+            rows = rows[rough < self._limit()]
+            group, total = group.take(np.flatnonzero(rough < self._limit())), total[rough < self._limit()]
+            if not len(rows):
+                return
+        bounds = pricing.prices(group, parts, taken[rows]).bound
+        self._note_front(group, bounds, total)
+        kept = np.flatnonzero(bounds < self._limit()) if not self.exhaustive else range(len(bounds))
+        for row in kept:
+            self._number += 1
+            heapq.heappush(self._queue, Fine(float(bounds[row]), float(total[row]), self._number, group, row))
+
+    def _note_front(self, group: Candidates, bounds: np.ndarray, total: np.ndarray) -> None:
+        """Of each share of the memory, the row whose bound is least."""
+        shares = np.minimum((total / self.problem.machine.memory * FRONT).astype(int), FRONT - 1)
+        for share in np.unique(shares):
+            rows = np.flatnonzero(shares == share)
+            row = int(rows[bounds[rows].argmin()])
+            if bounds[row] < self._front.get(share, (np.inf,))[0]:
+                self._front[share] = float(bounds[row]), group, row
+
+    def _simulate_front(self) -> list[Estimate]:
+        """Those of the rows noted, and of the best, that no other beats in both time and memory; by memory."""
+        layouts = [self._layout(group, row, self._orders(group, row)[0]) for _, group, row in self._front.values()]
+        noted = [found for found in evaluate(self.problem, layouts) if found.fits]
+        known = sorted([*self.result.best, *noted], key=lambda e: (e.peak, e.step))
+        front: list[Estimate] = []
+        for estimate in known:
+            if not front or estimate.step < front[-1].step:
+                front.append(estimate)
+        return front
+
+    def _least(self, space: Space) -> None:
+        """Where even bounds do not fit: what holds least, with the most that ZeRO and recompute save."""
+        for pp, rows in space.coarse():
+            wanted = np.zeros((len(space.zeros), len(space.codes), len(rows["tp"])), bool)
+            wanted[-1, -1], wanted[0, -1] = True, rows["dp"] * rows["cp"] == 1
+            base = space.fine(pp, rows, wanted)
+            holding = Holding(self.problem.shape, self.problem.seq_len, base, self.problem.constants)
+            for group, taken in space.scheduled(base):
+                held = holding.memory(group, contents(self.problem.model, group.stages), taken)
+                self._keep_nearest(group, held.total.max(1))
+
+    def _keep_nearest(self, group: Candidates, total: np.ndarray) -> None:
+        row = int(total.argmin())
+        if self.result.nearest is None or total[row] < self.result.nearest.peak:
+            layout = self._layout(group, row, self._orders(group, row)[0])
+            self.result.nearest = evaluate(self.problem, [layout])[0]
+
+    def _layout(self, group: Candidates, row: int, order: tuple[str, ...]) -> Layout:
+        passed = {key: value for key, value in self.problem.fixed.items() if key not in CHOSEN}
+        return replace(group, order=order).layout(row, passed)
+
+    def _orders(self, group: Candidates, row: int) -> list[tuple[str, ...]]:
+        """Nestings of the axes that have more than one rank, the usual one first."""
+        if "order" in self.problem.fixed:
+            return [tuple(self.problem.fixed["order"])]
+        sizes = {axis: group.pp if axis == "pp" else int(getattr(group, axis)[row]) for axis in ORDER}
+        used = [axis for axis in ORDER if sizes[axis] > 1]
+        rest = [axis for axis in ORDER if sizes[axis] == 1]
+        return [(*order, *rest) for order in permutations(used)]
+
+    def _simulate(self) -> None:
+        """Place and simulate the rows at the head of the queue."""
+        batch: list[Fine] = []
+        limit = self._limit()
+        while self._queue and len(batch) < BATCH:
+            fine = heapq.heappop(self._queue)
+            if fine.bound < limit or self.exhaustive:
+                batch.append(fine)
+        placed = [
+            (number, self._layout(batch[number].group, batch[number].row, order))
+            for number, order, bound in self._placed(batch)
+            if bound < limit or self.exhaustive
+        ]
+        best: dict[int, Estimate] = {}
+        for (number, _), estimate in zip(placed, evaluate(self.problem, [layout for _, layout in placed]), strict=True):
+            if estimate.fits and (number not in best or estimate.step < best[number].step):
+                best[number] = estimate
+        self.result.simulated += len(placed)
+        self.result.best += best.values()
+
+    def _placed(self, batch: list[Fine]) -> Iterator[tuple[int, tuple[str, ...], float]]:
+        """(number in the batch, order, bound) of every nesting. Where one is as good as can be, it is the only one."""
+        waiting = {}
+        for number, fine in enumerate(batch):
+            for place, order in enumerate(self._orders(fine.group, fine.row)):
+                waiting.setdefault(place, {}).setdefault(
+                    (fine.group.schedule, fine.group.pp, fine.group.vpp, order), []
+                )
+                waiting[place][fine.group.schedule, fine.group.pp, fine.group.vpp, order].append(number)
+        settled: set[int] = set()
+        for groups in waiting.values():
+            for (*_, order), numbers in groups.items():
+                own = [number for number in numbers if number not in settled]
+                rows = [batch[number].group.take(np.array([batch[number].row])) for number in own]
+                if not rows:
+                    continue
+                bounds = price_candidates(self.problem, replace(joined(rows), order=order)).bound
+                for number, bound in zip(own, bounds.tolist(), strict=True):
+                    if bound <= batch[number].bound * (1 + 1e-9):
+                        settled.add(number)
+                    yield number, order, bound

@@ -1,0 +1,187 @@
+"""Every legal layout of a problem, as columns.
+
+The rules are `Layout`'s own (a test compares with it layout by layout); here they are applied to whole columns. Rows
+come in two grains: `coarse` ones have what cuts a model (tp, cp, pp, ep, etp, micro-batch, sequence parallelism),
+`fine` ones also schedule, vpp, ZeRO and recompute.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from parallel import schedules
+from parallel.planner.problem import Problem
+from parallel.planner.shape import RECOMPUTE, Candidates
+
+COLUMNS = (
+    "dp", "cp", "ulysses", "tp", "ep", "etp", "zero", "shards", "micro_batch", "micro_batches", "sequence_parallel",
+    "recompute",
+)  # fmt: skip
+
+
+def divisors(number: int) -> list[int]:
+    """In ascending order."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
+
+
+@dataclass(frozen=True)
+class Space:
+    """The legal layouts of a problem. `order` is left open: rows stand for every nesting of the axes."""
+
+    problem: Problem
+
+    def _values(self, key: str, values: list[Any]) -> list[Any]:
+        """Those that the user left: all, or the one that was fixed, if it is legal."""
+        if key not in self.problem.fixed:
+            return values
+        return [value for value in values if value == self.problem.fixed[key]]
+
+    @property
+    def zeros(self) -> list[int]:
+        """ZeRO stages to choose from."""
+        return self._values("zero", [0, 1, 2, 3])
+
+    @property
+    def codes(self) -> list[int]:
+        """Indices into `RECOMPUTE` to choose from."""
+        return [RECOMPUTE.index(name) for name in self._values("recompute", list(RECOMPUTE))]
+
+    def coarse(self) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        """For each pp: columns without ZeRO and recompute."""
+        problem = self.problem
+        for pp in self._values("pp", divisors(problem.ranks)):
+            if pp > problem.model.layers + 2:
+                continue
+            parts = []
+            for tp in self._values("tp", divisors(problem.ranks // pp)):
+                if not self._tp_is_legal(tp):
+                    continue
+                for cp in self._values("cp", divisors(problem.ranks // pp // tp)):
+                    dp = problem.ranks // pp // tp // cp
+                    if self._values("dp", [dp]) and problem.global_batch % dp == 0:
+                        parts += [self._cut(tp, cp, dp, ulysses) for ulysses in self._ulysses(tp, cp)]
+            parts = [part for part in parts if len(part["tp"])]
+            if parts:
+                yield pp, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def _tp_is_legal(self, tp: int) -> bool:
+        model = self.problem.model
+        keys = model.heads if model.latent.kv_rank else model.kv_heads
+        sizes = [model.heads, model.ffn, model.vocab]
+        sizes += [model.moe.shared * model.moe.ffn] if model.moe.experts and model.moe.shared else []
+        return all(size % tp == 0 for size in sizes) and (tp % keys == 0 or keys % tp == 0)
+
+    def _ulysses(self, tp: int, cp: int) -> list[int]:
+        """Legal inner sizes of context parallelism."""
+        model, fixed, seq_len = self.problem.model, self.problem.fixed, self.problem.seq_len
+        if cp == 1:
+            return [1]
+        heads = model.heads // tp
+        keys = max(1, (model.heads if model.latent.kv_rank else model.kv_heads) // tp)
+        found = []
+        for inside in divisors(cp):
+            method = "ring" if inside == 1 else "ulysses" if inside == cp else "hybrid"
+            places = cp // inside
+            unit = inside * (2 * places if places > 1 else 1)
+            legal = seq_len % unit == 0 and heads % inside == 0 and (inside % keys == 0 or keys % inside == 0)
+            asked = method == fixed.get("cp_method", method)
+            asked = asked and (method != "hybrid" or inside == fixed.get("cp_ulysses", inside))
+            if legal and asked:
+                found.append(inside)
+        return found
+
+    def _cut(self, tp: int, cp: int, dp: int, ulysses: int) -> dict[str, np.ndarray]:
+        """Experts' axes, micro-batches and sequence parallelism of one cut of the dense layers.
+
+        Experts are cut in themselves (etp) only where no more ranks can have whole ones: that holds and computes as
+        much as ep x etp whole ones would, and sends every row to etp ranks.
+        """
+        problem, moe = self.problem, self.problem.model.moe
+        stage, batch = dp * cp * tp, problem.global_batch // dp
+        experts = [(1, 1)]
+        if moe.experts:
+            eps = [ep for ep in divisors(moe.experts) if stage % ep == 0]
+            etps = [self.problem.fixed["etp"]] if "etp" in self.problem.fixed else divisors(math.gcd(moe.ffn, tp))
+            experts = [(ep, etp) for ep, etp in product(eps, etps) if stage % (ep * etp) == 0 and moe.ffn % etp == 0]
+            if "etp" not in problem.fixed and "ep" not in problem.fixed:
+                experts = [(ep, etp) for ep, etp in experts if etp == 1 or moe.experts % (ep * etp)]
+        experts = [(ep, etp) for ep, etp in experts if self._values("ep", [ep])]
+        micro = self._values("micro_batch", divisors(batch))
+        shared = self._values("sequence_parallel", [False, True] if tp > 1 else [False])
+        if tp == 1 and problem.fixed.get("sequence_parallel"):
+            shared = [False]  # a key of an axis of size 1 has no effect
+        rows = [
+            (ep, etp, b, batch // b, sp)
+            for (ep, etp), b, sp in product(experts, micro, shared)
+            if (b * problem.seq_len // cp) % tp == 0 or not (sp or moe.experts)
+        ]
+        table = np.array(rows, np.int64).reshape(-1, 5)
+        names = ("ep", "etp", "micro_batch", "micro_batches", "sequence_parallel")
+        found = dict(zip(names, table.T, strict=True))
+        fixed = {"dp": dp, "cp": cp, "ulysses": ulysses, "tp": tp}
+        return found | {name: np.full(len(table), value, np.int64) for name, value in fixed.items()}
+
+    def pipelines(self, pp: int) -> list[tuple[str, int]]:
+        """(schedule, vpp) that pp ranks can run, whatever the micro-batches."""
+        fixed, layers = self.problem.fixed, self.problem.model.layers
+        if pp == 1:
+            return [("1f1b", 1)]
+        found = []
+        for name in self._values("schedule", list(schedules.NAMES)):
+            if name == "interleaved":
+                sizes = range(2, (layers + 2) // pp + 1)
+            else:
+                sizes = (2,) if name in schedules.V_SHAPED else (1,)
+            for vpp in sizes:
+                asked = fixed.get("vpp", vpp) == vpp or name in schedules.V_SHAPED
+                if asked and pp * vpp <= layers + 2:
+                    found.append((name, vpp))
+        return found
+
+    def fine(self, pp: int, rows: dict[str, np.ndarray], wanted: np.ndarray | None = None) -> Candidates:
+        """Coarse `rows` with every ZeRO stage, shard group and recompute, or with those that are `wanted`: bool
+        [zeros, codes, N]. Their schedule is left open."""
+        zeros, shards, kinds = self._zeros(rows)
+        if wanted is None:
+            wanted = np.ones((len(self.zeros), len(self.codes), len(rows["tp"])), bool)
+        choice, code, index = np.nonzero(wanted[kinds] & (zeros >= 0)[:, None, :])
+        columns = {name: column[index] for name, column in rows.items()}
+        columns |= {"zero": zeros[choice, index], "shards": shards[choice, index]}
+        return Candidates("1f1b", pp, 1, order=None, **columns, recompute=np.array(self.codes)[code])
+
+    def scheduled(self, base: Candidates) -> Iterator[tuple[Candidates, np.ndarray]]:
+        """(layouts, their rows in `base`) of every schedule and vpp that those rows can run."""
+        m, pp = base.micro_batches, base.pp
+        for name, vpp in self.pipelines(pp):
+            runs = {"interleaved": m % pp == 0, "dualpipe_v": m >= 2 * pp}.get(name, m > 0)
+            rows = np.arange(len(base)) if pp == 1 else np.flatnonzero(runs)
+            if len(rows):
+                yield replace(base.take(rows), schedule=name, vpp=vpp), rows
+
+    def _zeros(self, rows: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, list[int]]:
+        """[Z, N] ZeRO stages and the ranks of a shard group, -1 where a row has no such choice; of which of `zeros`.
+
+        Shard groups are all of dp x cp, or its ranks inside one block of the machine.
+        """
+        whole, zeros, groups, kinds = rows["dp"] * rows["cp"], [], [], []
+        fixed = self.problem.fixed.get("zero_group")
+        for kind, zero in enumerate(self.zeros):
+            choices = [whole if fixed is None or not zero else np.full_like(whole, fixed)]
+            if zero and fixed is None:
+                choices += [np.gcd(whole, np.maximum(block // rows["tp"], 1)) for block in self.problem.machine.blocks]
+            for index, group in enumerate(choices):
+                legal = (whole > 1) | (zero == 0) | ("zero" in self.problem.fixed)
+                legal = legal & (whole % group == 0) & ((index == 0) | (group > 1))
+                for other in choices[:index]:
+                    legal = legal & (group != other)
+                zeros.append(np.where(legal, np.where(whole > 1, zero, 0), -1))
+                groups.append(group)
+                kinds.append(kind)
+        return np.array(zeros), np.array(groups), kinds

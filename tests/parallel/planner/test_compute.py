@@ -1,0 +1,80 @@
+"""What the planner's passes move against the traffic that a run counts."""
+
+from __future__ import annotations
+
+import pytest
+
+from models.config import ModelConfig
+from models.shapes import ExpertsConfig, LatentConfig
+from parallel.layout import Layout
+from parallel.mesh import Mesh
+from parallel.planner.constants import Constants
+from parallel.planner.machine import Machine
+from parallel.planner.price import price
+from parallel.planner.shape import Shape, candidate, contents
+from parallel.topology import Level, Plane, Rank, Topology
+from parallel.traffic import maximum, step_traffic
+
+SEQ_LEN, GLOBAL_BATCH = 512, 8
+PLANE = Plane("wires", 1e-9)
+TOPOLOGY = Topology("any", Rank("device", 1.0, 1.0, {}), (PLANE,), (Level("machine", 0, None, None, 1e-9, 0.0, PLANE),))
+MACHINE = Machine(TOPOLOGY, TOPOLOGY.levels, (2**40,), (1.0,), (0.0,), 1e300, 1e300, 1.0)
+"""Moves a byte a second and computes at once, so that seconds are bytes."""
+BARE = Constants(
+    kernel=0, call=0, call_far=0, hide_tp=0, hide_dp=0, hide_cp=0, hide_pp=0, gradient_bytes=2, message_bytes=2
+)  # fmt: skip
+SHAPES = {"layers": 4, "hidden": 512, "ffn": 1024, "heads": 8, "kv_heads": 8, "head_dim": 64, "vocab": 1024}
+MODELS = {
+    "dense": {},
+    "experts": {"moe": ExpertsConfig(experts=4, top_k=2, ffn=256, aux_loss="none")},
+    "latent experts": {
+        "moe": ExpertsConfig(experts=4, top_k=2, ffn=256, shared=1, aux_loss="none"),
+        "latent": LatentConfig(kv_rank=64, q_rank=96, nope=32, rope=16, value=32),
+    },
+}
+LAYOUTS = {
+    "tp": Layout(dp=1, tp=4),
+    "sequence parallel": Layout(dp=1, tp=4, sequence_parallel=True, recompute="full"),
+    "ring": Layout(dp=1, cp=4),
+    "ulysses": Layout(dp=1, cp=4, cp_method="ulysses"),
+    "dp": Layout(dp=4),
+    "zero 1": Layout(dp=4, zero=1),
+    "zero 2": Layout(dp=2, cp=2, zero=2),
+    "zero 3": Layout(dp=4, zero=3),
+    "pp": Layout(dp=1, pp=4),
+    "ep": Layout(dp=4, ep=4),
+    "ep and etp": Layout(dp=2, tp=2, ep=2, etp=2, sequence_parallel=True),
+}
+
+
+def counted(config: ModelConfig, layout: Layout) -> dict[str, float]:
+    """Bytes that the busiest rank sends in a step along each axis."""
+    mesh, found = Mesh(layout, TOPOLOGY), {}
+    accounts = (
+        step_traffic(mesh, rank, config, SEQ_LEN, GLOBAL_BATCH, "bfloat16") for rank in range(layout.world_size)
+    )
+    for key, wire in maximum(accounts).wire.items():
+        axis = {"dp x cp": "dp", "edp": "dp", "ep x etp": "ep"}.get(key.axis, key.axis)
+        if axis == "cp" and key.collective in ("all_reduce", "reduce_scatter", "all_gather"):
+            axis = "dp"  # gradients, where dp is 1
+        found[axis] = found.get(axis, 0.0) + sum(wire.values())
+    return found
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_seconds_are_the_bytes_that_a_run_counts(model, name):
+    config, layout = ModelConfig(**SHAPES, **MODELS[model]), LAYOUTS[name]
+    if layout.ep * layout.etp > 1 and not config.moe.experts:
+        pytest.skip("no experts")
+    one = candidate(layout, GLOBAL_BATCH)
+    parts, shape = contents(config, one.stages), Shape.of(config)
+    prices = price(shape, SEQ_LEN, one, parts, MACHINE, BARE, terms=True)
+    m = int(one.micro_batches[0])
+    found = {axis: m * prices.terms[axis].sum() for axis in ("tp", "cp", "ep", "zero")}
+    found["dp"] = prices.traffic.max() + found.pop("zero")
+    found["pp"] = 2 * m * prices.transfer.max() if layout.pp > 1 else 0.0
+    found["tp"] += m * prices.terms["recompute"].sum()
+    wanted = counted(config, layout)
+    for axis, size in found.items():
+        assert size == pytest.approx(wanted.get(axis, 0.0), rel=0.02, abs=1e5), axis

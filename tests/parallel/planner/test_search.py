@@ -1,0 +1,146 @@
+"""The search misses nothing, its bounds hold, and what it says of why is true."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from problems import dense, machine, problem, sparse
+
+from models.checks import ConfigError
+from parallel.layout import Layout
+from parallel.planner import Plan, Search, evaluate
+from parallel.planner.bounds import coarse_bounds
+from parallel.planner.explain import break_even, difference, lost_by, scaled, sensitivity, verdict
+from parallel.planner.memory import Holding
+from parallel.planner.price import Pricing
+from parallel.planner.shape import contents
+from parallel.planner.space import Space
+
+SMALL = {"ranks": 4, "batch": 4, "seq_len": 512, "topology": machine(2)}
+QUESTIONS = {
+    "dense": problem(dense(layers=2), **SMALL),
+    "experts": problem(sparse(layers=2), **SMALL, cp=1),
+    "little memory": problem(dense(layers=4), **SMALL | {"topology": machine(2, memory_gib=3.3)}),
+    "held": problem(dense(layers=4), **SMALL, tp=2, recompute="full"),
+}
+
+
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_the_pruned_search_finds_what_simulating_every_layout_finds(name):
+    question = QUESTIONS[name]
+    found, every = Search(question, keep=3).run(), Search(question, keep=3, exhaustive=True).run()
+    assert 0 < found.simulated < every.simulated
+    best = sorted(estimate.step for estimate in every.best)[:3]
+    assert [estimate.step for estimate in found.best] == pytest.approx(best, rel=1e-12)
+    assert all(estimate.fits for estimate in found.best)
+
+
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_no_layout_beats_the_bounds_of_its_rows(name):
+    question = QUESTIONS[name]
+    space, checked = Space(question), 0
+    for pp, rows in space.coarse():
+        coarse = coarse_bounds(space, pp, rows)
+        base = space.fine(pp, rows)
+        pricing = Pricing(question.shape, question.seq_len, base, question.machine, question.constants)
+        holding = Holding(question.shape, question.seq_len, base, question.constants)
+        names = ("tp", "cp", "ulysses", "ep", "etp", "micro_batch", "sequence_parallel")
+        keys = {tuple(int(rows[n][i]) for n in names): i for i in range(len(rows["tp"]))}
+        for group, taken in space.scheduled(base):
+            parts = contents(question.model, group.stages)
+            bound = pricing.prices(group, parts, taken).bound
+            held = holding.memory(group, parts, taken).total.max(1)
+            for row in range(0, len(group), 5):
+                layout = replace(group, order=("tp", "cp", "dp", "pp")).layout(row, {})
+                estimate = evaluate(question, [layout])[0]
+                zero, code = space.zeros.index(layout.zero), int(group.recompute[row])
+                place = keys[tuple(int(getattr(group, n)[row]) for n in names)]
+                assert estimate.step >= bound[row] * (1 - 1e-12)
+                assert estimate.step >= estimate.bound * (1 - 1e-12)
+                assert estimate.peak >= held[row] * (1 - 1e-12)
+                least = coarse[zero if layout.dp * layout.cp > 1 else 0, space.codes.index(code), place]
+                assert not estimate.fits or least <= estimate.step * (1 + 1e-12)
+                checked += 1
+    assert checked > 20
+
+
+def test_terms_add_up_to_the_step():
+    question = QUESTIONS["experts"]
+    for estimate in Search(question, keep=5).run().best:
+        assert sum(Plan(question, estimate).terms.values()) == pytest.approx(estimate.step, rel=1e-9)
+
+
+def test_a_slower_layout_is_slower_by_the_terms_that_differ():
+    question = problem(dense(layers=4), ranks=4, topology=machine(4))
+    best, other = (Plan(question, evaluate(question, [Layout(dp=dp, tp=tp, zero=1)])[0]) for dp, tp in ((4, 1), (1, 4)))
+    name, first, second = difference(best, other)[0]
+    assert name == "tp"
+    assert second > first == 0
+    assert "tensor-parallel traffic (+" in lost_by(best, other)
+
+
+def test_an_expected_layout_is_rejected_with_its_reason():
+    question = QUESTIONS["little memory"]
+    best = Plan(question, Search(question, keep=1).run().best[0])
+    assert verdict(question, Layout(dp=2, tp=3), best).startswith("not legal: layout:")
+    line = verdict(question, Layout(dp=4, micro_batch=1), best)
+    assert line.startswith("does not fit: ")
+    assert "over the limit of 3.3" in line
+    assert "it fits with " in line
+    assert " slower: " in verdict(question, Layout(dp=1, pp=4, schedule="gpipe", recompute="full"), best)
+
+
+def test_a_remedy_for_too_much_memory_fits():
+    question = QUESTIONS["little memory"]
+    line = verdict(question, Layout(dp=4, micro_batch=1), None)
+    words = line.split("it fits with ")[1].split(" or ")[0].split()
+    changes = {key.removeprefix("layout."): value for key, value in (word.split("=") for word in words)}
+    changes = {key: value if key == "recompute" else int(value) for key, value in changes.items()}
+    assert evaluate(question, [Layout(**{"dp": 4, "micro_batch": 1} | changes)])[0].fits
+
+
+def test_the_runner_up_wins_at_the_bandwidth_that_is_named():
+    question = problem(dense(layers=4), ranks=8, topology=machine(4))
+    first, second = Layout(dp=8, zero=1), Layout(dp=1, tp=4, pp=2, sequence_parallel=True)
+    if evaluate(question, [second])[0].step < evaluate(question, [first])[0].step:
+        first, second = second, first
+    share = break_even(question, first, second, "roce") or break_even(question, first, second, "bus")
+    assert share is not None
+    plane = "roce" if break_even(question, first, second, "roce") else "bus"
+    for factor, ahead in ((share, True), (share**0.9, False)):
+        changed = replace(question, topology=scaled(question.topology, plane=plane, bandwidth=factor))
+        a, b = evaluate(changed, [first, second])
+        assert (b.step <= a.step) is ahead
+
+
+def test_more_of_anything_is_never_worse():
+    question = QUESTIONS["dense"]
+    best = Plan(question, Search(question, keep=1).run().best[0])
+    gains = {change.change: change.gain for change in sensitivity(question, best)}
+    assert len(gains) == 4
+    assert all(gain >= -1e-12 for gain in gains.values())
+
+
+def test_nothing_that_fits_leaves_the_nearest():
+    question = problem(dense(layers=4), **SMALL | {"topology": machine(2, memory_gib=2.0)})
+    result = Search(question).run()
+    assert result.best == []
+    assert not result.nearest.fits
+    assert result.nearest.layout.recompute == "full"
+
+
+def test_a_machine_of_unknown_speed_is_refused_in_one_line():
+    from trainer.compose import compose_topology
+
+    with pytest.raises(ConfigError, match="topology laptop: rank.device is not known"):
+        replace(QUESTIONS["dense"], topology=compose_topology("laptop", []))
+
+
+def test_a_front_has_no_layout_that_another_beats():
+    front = Search(QUESTIONS["dense"], keep=3).run().front
+    assert len(front) > 1
+    pairs = np.array([(found.peak, found.step) for found in front])
+    assert np.all(np.diff(pairs[:, 0]) > 0)
+    assert np.all(np.diff(pairs[:, 1]) < 0)
