@@ -12,16 +12,19 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FREE = (
     "models.config", "models.checks", "models.shapes", "models.weights", "models.huggingface", "models.families",
-    "parallel.topology", "parallel.layout", "parallel.mesh", "parallel.traffic", "parallel.dispatch", "parallel.memory",
+    "parallel.topology", "parallel.rank_table", "parallel.layout", "parallel.mesh", "parallel.traffic",
+    "parallel.dispatch", "parallel.memory", "parallel.allocation", "parallel.planner", "parallel.planner.explain",
     "parallel.schedules", "trainer.cli", "trainer.train", "trainer.recipe", "trainer.compose", "trainer.run_directory",
     "trainer.checkpoint", "trainer.convert", "trainer.launch", "trainer.launch.keeper", "trainer.launch.rank",
-    "trainer.metrics",
+    "trainer.metrics", "trainer.plan", "trainer.planning", "trainer.plan_report", "trainer.probe", "trainer.report",
 )  # fmt: skip
 COMMANDS = (
     ("--help",), ("--version",), ("train", "--help"), ("data", "--help"), ("data", "build", "--help"),
     ("data", "inspect", "--help"), ("convert", "--help"), ("convert", "from-hf", "--help"),
-    ("convert", "to-hf", "--help"), ("train", "--help-keys"), ("explain", "--help"),
-    ("train", "llama3_8b", "--cfg", "job"),
+    ("convert", "to-hf", "--help"), ("train", "--help-keys"), ("explain", "--help"), ("plan", "--help"),
+    ("train", "llama3_8b", "--cfg", "job"), ("topology", "--help"), ("topology", "import", "--help"),
+    ("topology", "export", "--help"), ("topology", "probe", "--help"), ("report", "--help"),
+    ("topology", "show", "cloudmatrix384", "topology.supernode.members=64"),
 )  # fmt: skip
 
 # Runs commands with MindSpore blocked, as an import of None is an ImportError; prints their exit codes.

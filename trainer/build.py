@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import mindspore as ms
 import numpy as np
@@ -30,7 +31,7 @@ from trainer.callbacks.console import Console
 from trainer.callbacks.files import MetricsFile, TensorBoard
 from trainer.callbacks.routing import Routing
 from trainer.callbacks.signals import Signals
-from trainer.callbacks.summary import Summary
+from trainer.callbacks.summary import MEMORY_KINDS, Summary
 from trainer.callbacks.trace import Trace
 from trainer.checkpoint import Checkpoint
 from trainer.data.blend import Blend
@@ -49,10 +50,15 @@ from trainer.weight_files import CONFIG, read_weights, yaml_of_config
 
 
 def connect(recipe: Recipe) -> Collectives:
-    """Sets MindSpore up on this device and joins the world of the recipe's layout."""
+    """Joins the world of the recipe's layout."""
+    return join(Mesh(recipe.parallel_layout, recipe.machine, recipe.placement))
+
+
+def join(mesh: Mesh) -> Collectives:
+    """Sets MindSpore up on this device and joins the world of a mesh."""
     ms.set_context(mode=ms.GRAPH_MODE)
     ms.set_device(machine.device())
-    return coll.connect(Mesh(recipe.parallel_layout, recipe.machine))
+    return coll.connect(mesh)
 
 
 def build(
@@ -80,7 +86,7 @@ def build(
     loop = Loop(recipe, run, mesh, collectives, weights, step, loader, holdout, meter, callbacks)
     if rank == 0:
         _banner(loop, precision.name, parallel.kernels.describe(), corpus.samples, say)
-        _write_plan(run, mesh)
+        _write_plan(run, mesh, recipe.plan.prediction)
     if resumed:
         loop.resume(resumed)
     return loop
@@ -178,7 +184,6 @@ def _callbacks(
     recipe: Recipe, rank: int, signal: StopSignal, console: RichConsole, meter: Meter, companions: dict[str, str]
 ) -> list[Callback]:
     """In order: what changes the run first, then what reports, the summary last."""
-    memory_kind = "allocator peak" if machine.device() == "Ascend" else "peak RSS"
     callbacks: list[Callback] = [Signals(signal), Checkpointer(companions)]
     if recipe.metrics.trace:
         callbacks.insert(0, Trace(_speaker(console, rank)))
@@ -186,7 +191,7 @@ def _callbacks(
         batch = recipe.train.global_batch
         tags = metrics.tags(recipe.metrics.tags, recipe.model, meter.flops_per_token, recipe.machine.rank.memory_gib)
         callbacks += [Console(console), MetricsFile(), TensorBoard(tags, batch)]
-    return [*callbacks, Summary(memory_kind)]
+    return [*callbacks, Summary(MEMORY_KINDS[machine.device()])]
 
 
 def _companions(recipe: Recipe, corpus: Corpus) -> dict[str, str]:
@@ -226,8 +231,9 @@ def _banner(loop: Loop, precision: str, kernel_line: str, samples: int, say: Cal
     say(f"memory after the model is built: {_peak_memory_gib():.2f} GiB a rank")
 
 
-def _write_plan(run: RunDirectory, mesh: Mesh) -> None:
+def _write_plan(run: RunDirectory, mesh: Mesh, prediction: dict[str, Any] | None) -> None:
     layout = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(mesh.layout).items()}
     plan = {"layout": layout, "topology": mesh.topology.name, "placement": list(mesh.placement)}
+    plan |= {"prediction": prediction} if prediction else {}
     with machine.writing_to(run.plan):
         run.plan.write_text(yaml.safe_dump(plan, sort_keys=False))

@@ -9,7 +9,7 @@ import traceback
 from importlib.metadata import version
 
 from models.checks import ConfigError
-from trainer import convert, explain, train
+from trainer import convert, explain, plan, report, topology, train
 from trainer.data import commands as data
 from trainer.errors import EXIT_DONE, EXIT_STOPPED_AT_ONCE, BuswayError, exit_code_of
 
@@ -35,7 +35,10 @@ def parser() -> argparse.ArgumentParser:
     busway.add_argument("--version", action="version", version=f"busway {version('busway')}")
     commands = busway.add_subparsers(dest="command", required=True, metavar="COMMAND")
     train.register(commands.add_parser("train", help="run a recipe; without arguments the built-in small one"))
-    explain.register(commands.add_parser("explain", help="draw the timeline of a recipe's pipeline"))
+    plan.register(commands.add_parser("plan", help="search for the best layout of a recipe on a machine"))
+    explain.register(commands.add_parser("explain", help="what one layout costs, and why; its pipeline's timeline"))
+    topology.register(commands.add_parser("topology", help="draw the machine that a layout is placed on"))
+    report.register(commands.add_parser("report", help="what a run measured, beside what is predicted of it"))
     data.register(commands.add_parser("data", help="build and inspect datasets"))
     convert.register(commands.add_parser("convert", help="convert weights from and to Hugging Face's format"))
     return busway
@@ -46,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     busway = parser()
     # argparse takes no positional after an option once the first are taken: `train tiny_dense --cfg job lr=constant`.
     args, rest = busway.parse_known_args(arguments)
-    if rest and (args.command not in ("train", "explain") or any(word.startswith("-") for word in rest)):
+    if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
         busway.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.overrides += rest

@@ -16,6 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from models.checks import ConfigError, nearest
+from parallel import topology
+from parallel.topology import Topology
 from trainer import recipe as recipes
 from trainer.recipe import Recipe
 
@@ -32,19 +34,48 @@ class Composed:
     name: str
     config: DictConfig
     recipe: Recipe
+    given: frozenset[str] = frozenset()
+    """Keys of the layout that the command line sets and, of a recipe that says `layout.auto` itself, those that it sets
+    too."""
 
 
-def compose_recipe(name: str, overrides: list[str]) -> Composed:
-    """Compose the packaged recipe or YAML file `name` with `overrides`; `ConfigError` says what is wrong."""
+def compose_recipe(name: str, overrides: list[str], plan: bool = False) -> Composed:
+    """Compose the packaged recipe or YAML file `name` with `overrides`; `ConfigError` says what is wrong.
+
+    With `plan` its layout is left to the planner, but for what the command line gives.
+    """
     parsed = _parse(overrides)
+    given = {override.key_or_group.removeprefix("layout.") for override in parsed if "layout." in override.key_or_group}
     machine = _topology_file(parsed)
     folders = [PACKAGED, Path(name).parent] if Path(name).suffix in YAML else [PACKAGED]
     for override in parsed:
         _check_known(override, folders)
     config = _hydra(name, [_line(override) for override in parsed])
     if machine:
-        OmegaConf.update(config, "topology", machine, merge=False, force_add=True)
-    return Composed(_run_name(name), config, recipes.typed(config))
+        OmegaConf.update(config, "topology", _with_overrides(machine, parsed), merge=False, force_add=True)
+    named = any(override.input_line == "layout=auto" for override in parsed)
+    if config.get("layout", {}).get("auto") and not named:
+        given |= {*config.layout} - {"auto"}
+    elif plan:
+        OmegaConf.update(config, "layout.auto", True, force_add=True)
+    return Composed(_run_name(name), config, recipes.typed(config), frozenset(given))
+
+
+def compose_topology(name: str, overrides: list[str]) -> Topology:
+    """The packaged topology or YAML file `name` with `overrides` (`topology.supernode.members=64`).
+
+    Raises `ConfigError` that says what is wrong.
+    """
+    packaged = sorted(file.stem for file in (PACKAGED / "topology").glob("*.yaml"))
+    if Path(name).suffix not in YAML and name not in packaged:
+        raise ConfigError(f"unknown topology {name!r}; {nearest(name, packaged)} (a file's name ends in .yaml)")
+    file = Path(name) if Path(name).suffix in YAML else PACKAGED / "topology" / f"{name}.yaml"
+    parsed = _parse(overrides)
+    for override in parsed:
+        plain = not override.is_delete() and not override.is_sweep_override()
+        if not plain or not override.key_or_group.startswith("topology."):
+            raise ConfigError(f"{override.input_line} changes no topology; write topology.LEVEL.KEY=VALUE")
+    return topology.load(_with_overrides(read_yaml(file, "topology"), parsed))
 
 
 def sweep(overrides: list[str]) -> list[list[str]]:
@@ -71,8 +102,17 @@ def _topology_file(parsed: list[Override]) -> dict | None:
         value = override.value()
         if override.key_or_group == "topology" and isinstance(value, str) and value.endswith(YAML):
             parsed.remove(override)
-            return dict(_read_yaml(Path(value), "topology"))
+            return read_yaml(Path(value), "topology")
     return None
+
+
+def _with_overrides(machine: dict, parsed: list[Override]) -> dict:
+    """A topology that was read from a file, with what the command line changes in it."""
+    config = OmegaConf.create({"topology": machine})
+    for override in parsed:
+        if override.key_or_group.startswith("topology."):
+            OmegaConf.update(config, override.key_or_group, override.value(), force_add=True)
+    return OmegaConf.to_container(config)["topology"]
 
 
 def _check_known(override: Override, folders: list[Path]) -> None:
@@ -100,7 +140,7 @@ def _line(override: Override) -> str:
 def _hydra(name: str, overrides: list[str]) -> DictConfig:
     file = Path(name)
     if file.suffix in YAML:
-        _read_yaml(file, "recipe")
+        read_yaml(file, "recipe")
         start = initialize_config_dir(str(file.parent.resolve()), version_base="1.3")
         stem, overrides = file.stem, [*overrides, "hydra.searchpath=[pkg://recipes]"]
     elif name in known_recipes():
@@ -119,7 +159,8 @@ def _hydra(name: str, overrides: list[str]) -> DictConfig:
         raise ConfigError(f"recipe {name}: {str(error).splitlines()[0]}; {recipes.REFERENCE}") from error
 
 
-def _read_yaml(file: Path, what: str) -> dict:
+def read_yaml(file: Path, what: str) -> dict:
+    """The keys and values of `file`, which is a `what` (recipe, topology) to the user; else `ConfigError`."""
     try:
         content = yaml.safe_load(file.read_text())
     except (OSError, UnicodeDecodeError) as error:
@@ -134,10 +175,11 @@ def _read_yaml(file: Path, what: str) -> dict:
 
 
 def _run_name(name: str) -> str:
-    """A saved recipe (`runs/NAME/recipe.yaml`) gives its run's name without the number, others their own."""
+    """A saved recipe (`runs/NAME/recipe.yaml`, `plans/NAME/plan.yaml`) gives its run's name without the number, others
+    their own."""
     file = Path(name)
     if file.suffix not in YAML:
         return name
-    if file.stem == "recipe":
+    if file.stem in ("recipe", "plan"):
         return file.resolve().parent.name.rstrip("0123456789").rstrip("-") or file.stem
     return file.stem

@@ -1,35 +1,76 @@
-"""`busway explain`: what a recipe's layout does, before it runs. So far its pipeline's timeline, as text."""
+"""`busway explain`: what one layout does and why it is not, or is, the plan."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 
 from models.checks import ConfigError
+from parallel.planner import Plan, Problem, Search, evaluate
+from parallel.planner.explain import NAMES, difference, lost_by, too_large
 from parallel.schedules import Times, draw, simulate
 from trainer.callbacks.console import Terminal
 from trainer.compose import compose_recipe
 from trainer.errors import EXIT_DONE
+from trainer.plan import details, headline
+from trainer.planning import plan_of, problem_of_layout
+from trainer.recipe import Recipe
 from trainer.train import add_recipe, recipe_of
 
 
 def register(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `busway explain`."""
     add_recipe(parser)
-    parser.add_argument(
-        "--timeline", action="store_true", required=True, help="draw the passes of one step on each pipeline rank"
-    )
+    parser.add_argument("--timeline", action="store_true", help="draw the passes of one step on each pipeline rank")
+    parser.add_argument("--alone", action="store_true", help="do not search for a better layout to compare with")
+    parser.add_argument("--json", action="store_true", help="print the prediction as JSON")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Draw the timeline: a forward takes one unit of time, a backward two, its halves one each."""
+    """Predict the recipe's layout; with `--timeline` draw it."""
     recipe = compose_recipe(*recipe_of(args)).recipe
-    schedule = recipe.parallel_layout.pipeline(recipe.train.global_batch)
-    if schedule is None:
-        raise ConfigError("layout.pp is 1, so there is no pipeline to draw; set layout.pp=2 or more")
     terminal = Terminal(soft_wrap=True, highlight=False)
-    width = shutil.get_terminal_size((120, 24)).columns
-    print_markup = terminal.is_terminal
-    terminal.print(draw(simulate(schedule, Times()), width, colour=print_markup), markup=print_markup)
+    if args.timeline:
+        _draw(recipe, terminal)
+        return EXIT_DONE
+    problem = problem_of_layout(recipe)
+    plan = plan_of(recipe, problem, evaluate(problem, [recipe.parallel_layout])[0])
+    if args.json:
+        print(json.dumps(plan.prediction()))
+        return EXIT_DONE
+    for part in (headline(plan), *details(plan)):
+        terminal.print(part, markup=False)
+    if not plan.estimate.fits:
+        terminal.print(too_large(problem, plan.estimate), markup=False)
+    if not args.alone:
+        _compare(problem, plan, terminal)
     return EXIT_DONE
+
+
+def _compare(problem: Problem, plan: Plan, terminal: Terminal) -> None:
+    """The best layout of as many ranks, and what it does better, term by term."""
+    result = Search(problem, keep=1).run()
+    if not result.best:
+        return
+    best = Plan(problem, result.best[0], plan.dtypes)
+    terminal.print(f"the best layout: {headline(best)}\nthis one is {lost_by(best, plan)}", markup=False)
+    for name, seconds, own in difference(best, plan)[:6]:
+        if abs(own - seconds) > 1e-3 * best.estimate.step:
+            terminal.print(f"  {NAMES[name]}: {own:.3g} s, there {seconds:.3g} s", markup=False)
+
+
+def _draw(recipe: Recipe, terminal: Terminal) -> None:
+    """The timeline, with the stages' own times where the machine's speed is known, else a forward of one unit, a
+    backward of two and halves of one."""
+    if recipe.layout.auto or recipe.parallel_layout.pp == 1:
+        raise ConfigError("layout.pp is 1, so there is no pipeline to draw; set layout.pp=2 or more")
+    if recipe.machine.rank.device and all(level.bandwidth for level in recipe.machine.levels):
+        problem = problem_of_layout(recipe)
+        timeline = Plan(problem, evaluate(problem, [recipe.parallel_layout])[0]).timeline
+    else:
+        timeline = simulate(recipe.parallel_layout.pipeline(recipe.train.global_batch), Times())
+    width = shutil.get_terminal_size((120, 24)).columns
+    coloured = terminal.is_terminal
+    terminal.print(draw(timeline, width, colour=coloured), markup=coloured)

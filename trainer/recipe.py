@@ -18,6 +18,7 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 from models.checks import ConfigError, check, nearest
 from models.config import ModelConfig
 from parallel import topology
+from parallel.allocation import positions
 from parallel.layout import Layout
 from trainer.data.settings import DataSettings, Source
 from trainer.launch.settings import LauncherSettings
@@ -27,6 +28,7 @@ from trainer.settings import (
     LearningRateSettings,
     MetricsSettings,
     OptimizerSettings,
+    PlanSettings,
     TrainSettings,
 )
 
@@ -45,6 +47,7 @@ class Recipe:
     layout: LayoutSettings = field(default_factory=LayoutSettings)
     topology: dict[str, Any]
     launcher: LauncherSettings = field(default_factory=LauncherSettings)
+    plan: PlanSettings = field(default_factory=PlanSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     metrics: MetricsSettings = field(default_factory=MetricsSettings)
 
@@ -62,15 +65,20 @@ class Recipe:
             f"must be below data.seq_len {self.data.seq_len}, but is {self.model.mtp.depth}",
             f"set model.mtp.depth={self.data.seq_len - 1} or less",
         )
+        if self.layout.auto:
+            return  # the planner makes a recipe whose layout is known of this one
         self.parallel_layout = self._layout()
         self.parallel_layout.check_batch(self.train.global_batch)
         self.parallel_layout.pipeline(self.train.global_batch)
         self.parallel_layout.check_model(self.model, self.data.seq_len)
         self.machine.check_fits(self.parallel_layout.world_size)
+        places = positions(self.machine, self.parallel_layout.world_size, self.plan.without, self.plan.nodes)
+        self.placement = places
+        """Where on the machine each rank runs."""
 
     def _layout(self) -> Layout:
         """The layout with what was left out: dp from `launcher.ranks`, the micro-batch from the batch and pp."""
-        keys, ranks = dataclasses.asdict(self.layout), self.launcher.ranks
+        keys, ranks = layout_keys(self.layout), self.launcher.ranks
         if ranks and not keys["dp"]:
             alone = {"dp": 1, "micro_batch": 1, "zero_group": None, "ep": 1, "etp": 1, "outer_groups": None}
             replica = Layout(**keys | alone).world_size
@@ -88,6 +96,11 @@ class Recipe:
         if ranks:
             layout.check_world(ranks)
         return layout
+
+
+def layout_keys(settings: LayoutSettings) -> dict[str, Any]:
+    """The keys of `parallel.layout.Layout`."""
+    return {key: value for key, value in dataclasses.asdict(settings).items() if key != "auto"}
 
 
 def typed(config: DictConfig) -> Recipe:
@@ -139,7 +152,8 @@ def all_keys(cls: type = Recipe, prefix: str = "") -> Iterator[tuple[str, str, s
         if dataclasses.is_dataclass(hint):
             yield from all_keys(hint, key + ".")
         elif entry.name == "topology":
-            yield key, "group or file", "", "The machine as levels; see docs/topology.md."
+            meaning = "The machine as levels; `topology.NAME.KEY` changes a level or a plane of it (docs/topology.md)."
+            yield key, "group or file", "", meaning
         else:
             yield key, _type_name(hint), _default(entry), documents[entry.name]
             if typing.get_origin(hint) is list and dataclasses.is_dataclass(typing.get_args(hint)[0]):

@@ -23,7 +23,7 @@ from trainer.recipe import Recipe, resolved, typed
 
 MAY_CHANGE = (
     "train.steps", "train.stop_at", "train.eval_every", "train.eval_batches", "train.log_every", "train.name",
-    "train.out", "train.kernels", "layout", "topology", "launcher", "checkpoint", "metrics",
+    "train.out", "train.kernels", "layout", "topology", "launcher", "checkpoint", "metrics", "plan",
 )  # fmt: skip
 """Keys in which a resumed run's recipe may differ from the one that began it."""
 
@@ -78,6 +78,10 @@ class RunDirectory:
     def checkpoints(self) -> Path:
         """Folder of checkpoints."""
         return self.path / "checkpoints"
+
+    def routing(self, step: int, rank: int) -> Path:
+        """What the tokens of a rank were routed to in a step, with metrics.routing."""
+        return self.path / "routing" / f"step-{step:06}-rank-{rank:04}.npz"
 
     @property
     def logs(self) -> Path:

@@ -118,6 +118,8 @@ class LearningRateSettings:
 class LayoutSettings:
     """Sizes of the parallel axes. Nothing here changes the numbers."""
 
+    auto: bool = False
+    """The planner chooses what is left out here before the run starts (`layout=auto`)."""
     dp: int | None = None
     """Groups of ranks that share the global batch (data parallelism); left out, it follows from `launcher.ranks`."""
     tp: int = 1
@@ -173,6 +175,55 @@ class LayoutSettings:
         for name in ("dp", "micro_batch"):  # None means something here; Layout checks the others
             if getattr(self, name) is not None:
                 check_at_least(f"layout.{name}", getattr(self, name), 1)
+
+
+@dataclass
+class OverlapSettings:
+    """Shares of each kind of traffic, 0 to 1, that computation hides; left out, what the constants say."""
+
+    tp: float | None = None
+    """Tensor-parallel traffic."""
+    cp: float | None = None
+    """Keys and values on their ring."""
+    ep: float | None = None
+    """Dispatch and combine."""
+    dp: float | None = None
+    """Gradients and weights over dp."""
+    pp: float | None = None
+    """Messages between stages."""
+
+    def __post_init__(self) -> None:
+        for name, share in vars(self).items():
+            rule, remedy = f"must be 0 to 1, but is {share}", f"set plan.overlap.{name}=0 for none, 1 for all"
+            check(share is None or 0 <= share <= 1, f"plan.overlap.{name}", rule, remedy)
+
+
+@dataclass
+class PlanSettings:
+    """What the planner plans for, and which places of the machine ranks run on."""
+
+    ranks: int | None = None
+    """Ranks to plan for; left out, `launcher.ranks`, or all that the topology holds."""
+    without: list[str] = field(default_factory=list)
+    """Blocks of the machine that are lost, as `cabinet:3`, counted from 0."""
+    nodes: list[Any] = field(default_factory=list)
+    """What a scheduler gave: of each block around nodes (a supernode) in order, how many are free, or their numbers."""
+    allow_idle: bool = False
+    """Fewer ranks may be used where that is faster."""
+    imbalance: float | None = None
+    """Rows of the busiest rank's experts over the mean; left out, what the constants say."""
+    overlap: OverlapSettings = field(default_factory=OverlapSettings)
+    """Traffic that is hidden; see its own keys."""
+    out: str = "plans"
+    """Folder that holds the folders of plans."""
+    prediction: dict[str, Any] | None = None
+    """What was predicted of the layout: in a plan's own file, for `busway report`."""
+
+    def __post_init__(self) -> None:
+        if self.ranks is not None:
+            check_at_least("plan.ranks", self.ranks, 1)
+        if self.imbalance is not None:
+            check_at_least("plan.imbalance", self.imbalance, 1)
 
 
 @dataclass

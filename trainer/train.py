@@ -21,6 +21,7 @@ from trainer.callbacks.summary import note_failure
 from trainer.compose import BUILT_IN, Composed, compose_recipe, known_recipes, sweep
 from trainer.data import prepare
 from trainer.errors import EXIT_DONE, InputError
+from trainer.planning import planned
 from trainer.recipe import Recipe, all_keys
 from trainer.run_directory import RunDirectory
 
@@ -57,12 +58,12 @@ def run(args: argparse.Namespace) -> int:
         return EXIT_DONE
     name, overrides = recipe_of(args)
     if not args.multirun:
-        return _one(compose_recipe(name, overrides), args.cfg)
+        return _one(planned(compose_recipe(name, overrides), _say), args.cfg)
     jobs = sweep(overrides)
     _check_names(jobs)
     for job in jobs:
         _say(f"multirun: {name} {' '.join(job)}")
-        code = _one(compose_recipe(name, job), args.cfg)
+        code = _one(planned(compose_recipe(name, job), _say), args.cfg)
         if code != EXIT_DONE:
             return code
     return EXIT_DONE

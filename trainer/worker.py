@@ -43,24 +43,45 @@ def join(recipe: Recipe, begin: Callable[[], RunDirectory]) -> int:
 
 
 def _train(process: ranks.RankProcess, recipe: Recipe, run: RunDirectory, collectives: Collectives | None) -> int:
-    """Train as a rank that has its log, `connect` first where that is not done. A failure ends all other ranks."""
-    abort = os._exit
-    try:
-        from trainer.build import build, connect
+    """Train as a rank that has its log, `connect` first where that is not done."""
 
-        collectives = collectives or connect(recipe)
+    def connected() -> Collectives:
+        from trainer.build import connect
+
+        return collectives or connect(recipe)
+
+    def work(collectives: Collectives) -> None:
+        from trainer.build import build
+
         if collectives.world.size > 1:
-            abort = collectives.world.abort
             ranks.shared_path_check(run.path, collectives.world)
         loop = build(recipe, run, collectives, process.stop, terminal())
         try:
             loop.fit()
         finally:
             loop.loader.close()
-    except BaseException as error:
-        code = process.fail(error)
+
+    def failed(code: int) -> None:
         if not process.launch_directory:  # where Busway launched the ranks, their parent does it
             note_failure(run, code)
+
+    return carry_out(process, connected, work, failed)
+
+
+def carry_out(
+    process: ranks.RankProcess, connect: Callable[[], Collectives], work: Callable[[Collectives], None],
+    failed: Callable[[int], None] = lambda code: None,
+) -> int:  # fmt: skip
+    """Join the world and do the `work` of a rank that has its log; its exit code. A failure ends all other ranks."""
+    abort = os._exit
+    try:
+        collectives = connect()
+        if collectives.world.size > 1:
+            abort = collectives.world.abort
+        work(collectives)
+    except BaseException as error:
+        code = process.fail(error)
+        failed(code)
         if process.size > 1 and not isinstance(error, Stopped):
             abort(code)
         return code

@@ -124,6 +124,22 @@ def test_a_topology_file_replaces_the_recipes_topology(tmp_path):
     assert [level.name for level in recipe.machine.levels] == ["box"]
 
 
+def test_levels_and_planes_are_changed_by_name_in_a_recipe_on_the_command_line_and_over_a_file(tmp_path):
+    recipe = recipe_of("llama3_8b", "topology=cloudmatrix384_roce", "topology.supernode.members=64")
+    assert [level.ranks for level in recipe.machine.levels][-2:] == [128, None]
+    assert OmegaConf.create(resolved(recipe)).topology.supernode.members == 64  # runs again as it ran
+    (tmp_path / "mine.yaml").write_text(
+        "defaults: [llama3_8b, _self_]\ntopology: {supernode: {members: 32}, unified_bus: {injection: 98}}\n"
+    )
+    machine = recipe_of(f"{tmp_path}/mine.yaml", "topology.node.bandwidth=150").machine
+    assert (machine.capacity, machine.levels[1].bandwidth, machine.levels[1].plane.injection) == (64, 150, 98)
+    (tmp_path / "bench.yaml").write_text(TOPOLOGY)
+    file = f"topology={tmp_path}/bench.yaml"
+    assert recipe_of("tiny_dense", "topology.box.members=9", file).machine.capacity == 9
+    with pytest.raises(ConfigError, match="topology.boxx is no key, level or plane of bench; did you mean 'box'"):
+        recipe_of("tiny_dense", file, "topology.boxx.members=9")
+
+
 def test_a_topology_that_is_too_small_for_the_layout_is_refused(tmp_path):
     (tmp_path / "bench.yaml").write_text(TOPOLOGY)
     with pytest.raises(ConfigError, match="16"):

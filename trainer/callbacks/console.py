@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 from trainer import metrics
 from trainer.callbacks.base import Callback
@@ -25,6 +27,14 @@ class Terminal(RichConsole):
     def on_broken_pipe(self) -> None:
         """The rest goes nowhere."""
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def plain_table(words: Sequence[str], numbers: Sequence[str]) -> Table:
+    """A table without lines: columns of words, and columns of numbers behind them."""
+    table = Table(*words, box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
 
 
 def terminal() -> RichConsole:

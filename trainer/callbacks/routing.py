@@ -24,8 +24,8 @@ class Routing(Callback):
 
     def after_step(self, loop: Loop, outcome: Outcome) -> None:
         """One file."""
-        folder = loop.run.path / "routing"
+        file = loop.run.routing(loop.step, loop.collectives.rank)
         chosen = {f"layer.{layer}": indices for layer, indices in self.record.take().items()}
-        with writing_to(folder):
-            folder.mkdir(exist_ok=True)
-            np.savez(folder / f"step-{loop.step:06}-rank-{loop.collectives.rank:04}.npz", tokens=self.tokens, **chosen)
+        with writing_to(file.parent):
+            file.parent.mkdir(exist_ok=True)
+            np.savez(file, tokens=self.tokens, **chosen)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 MEASURED = ("final_loss", "eval_loss", "tokens_per_s", "first_step_s", "step_s", "mfu", "memory_gib", "traffic")
 VERSIONS = ("busway", "mindspore", "numpy", "mpi4py", "mpich")
+MEMORY_KINDS = {"Ascend": "allocator peak", "CPU": "peak RSS"}
+"""What `memory_gib` is on each device."""
 EXIT_CODES = {"done": EXIT_DONE, "stopped": EXIT_STOPPED, "not_finite": EXIT_NOT_FINITE}
 
 

@@ -1,0 +1,131 @@
+"""`busway plan`, `busway explain` and `layout=auto`, as a user meets them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+
+from models.config import ModelConfig
+from parallel.layout import Layout
+from trainer import cli
+from trainer.compose import compose_recipe
+from trainer.planning import planned, problem_of
+
+MODEL = (
+    "llama3_8b", "topology=cloudmatrix384", "model.layers=4", "model.hidden=512", "model.ffn=1408", "model.heads=8",
+    "data.seq_len=512", "train.global_batch=8",
+)  # fmt: skip
+RANKS = "plan.ranks=4"
+
+
+def lines(capsys) -> list[str]:
+    printed = capsys.readouterr()
+    return [*printed.out.splitlines(), *printed.err.splitlines()]
+
+
+def test_a_plan_is_a_recipe_that_composes_to_its_layout(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["plan", *MODEL, RANKS]) == 0
+    out = capsys.readouterr().out
+    for word in (
+        "tokens/s",
+        "runner-up: ",
+        "where the step goes",
+        "HCCL_ALGO=level0:NA;level1:NHR",
+        "a package (card)",
+    ):
+        assert word in out
+    file = tmp_path / "plans/llama3_8b/plan.yaml"
+    composed = compose_recipe(str(file), [])
+    layout = composed.recipe.parallel_layout
+    prediction = yaml.safe_load(file.read_text())["plan"]["prediction"]
+    assert composed.name == "llama3_8b"
+    assert layout.world_size == composed.recipe.launcher.ranks == 4
+    assert {key: getattr(layout, key) for key in ("tp", "pp", "dp", "cp", "zero")} == {
+        key: prediction["layout"][key] for key in ("tp", "pp", "dp", "cp", "zero")
+    }
+    assert composed.recipe.placement == (0, 1, 2, 3)
+    assert sum(prediction["terms_s"].values()) == pytest.approx(prediction["step_s"])
+    assert (tmp_path / "plans/llama3_8b/report.html").stat().st_size > 10_000
+
+
+def test_json_is_alone_on_stdout_and_files_are_written_only_where_asked(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["plan", *MODEL, RANKS, "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert not (tmp_path / "plans").exists()
+    plan = answer["plan"]
+    config = ModelConfig(layers=4, hidden=512, ffn=1408, heads=8, kv_heads=8, vocab=128256)
+    tokens = 8 * 512
+    assert plan["tokens_per_s"] == pytest.approx(tokens / plan["step_s"])
+    assert plan["mfu"] == pytest.approx(
+        config.flops_per_token(512) * tokens / plan["step_s"] / (4 * 376e12), rel=0.02
+    )  # as kv_heads differ
+    assert plan["memory_gib"] < plan["memory_limit_gib"] == 64
+    assert all(other["step_s"] >= plan["step_s"] for other in answer["others"])
+    assert answer["search"]["simulated"] > 0
+    assert cli.main(["plan", *MODEL, RANKS, "--json", f"plan.out={tmp_path}/here"]) == 0
+    assert (tmp_path / "here/llama3_8b/plan.yaml").exists()
+
+
+def test_keys_of_the_command_line_are_held_and_those_of_a_recipe_that_plans_itself(tmp_path):
+    composed = compose_recipe("llama3_8b", [*MODEL[1:], RANKS, "layout.tp=2", "layout.bucket_mib=32"], plan=True)
+    fixed = problem_of(composed.recipe, composed.given).fixed
+    assert fixed["tp"] == 2 and fixed["bucket_mib"] == 32
+    assert "pp" not in fixed and "micro_batch" not in fixed
+    file = tmp_path / "own.yaml"
+    text = yaml.safe_dump({"layout": {"auto": True, "pp": 2}, "plan": {"ranks": 4}}, sort_keys=False)
+    file.write_text(
+        "defaults: [model: llama3_8b, data: own, topology: cloudmatrix384, optimizer: adamw, lr: cosine, _self_]\n"
+        "train: {steps: 1, global_batch: 8}\n" + text
+    )
+    composed = compose_recipe(str(file), [word for word in MODEL[2:] if "train." not in word])
+    said: list[str] = []
+    layout = planned(composed, said.append).recipe.parallel_layout
+    assert layout.pp == 2 and layout.world_size == 4
+    assert said[0].startswith("plan: pp 2 x ")
+
+
+def test_a_lost_block_leaves_a_plan_for_the_rest():
+    words = [*MODEL[1:], RANKS, "plan.without=[node:0]"]
+    composed = planned(compose_recipe("llama3_8b", [*words, "layout=auto"]), lambda line: None)
+    assert composed.recipe.placement == (16, 17, 18, 19)
+    assert composed.recipe.parallel_layout.world_size == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (("plan", "tiny_moe", "plan.ranks=2"), "topology laptop: rank.device is not known"),
+        (("plan", *MODEL, RANKS, "layout.tp=3"), "no layout of 4 ranks of cloudmatrix384 is legal with layout.tp=3"),
+        (("plan", *MODEL, RANKS, "layout.tpp=2"), "unknown key layout.tpp; did you mean 'layout.tp'?"),
+        (("plan", *MODEL, "plan.ranks=1000"), "plan.ranks 1000 must be 1 to the 768 that are free"),
+        (("plan", *MODEL, RANKS, "plan.overlap.tp=2"), "plan.overlap.tp must be 0 to 1, but is 2"),
+        (("plan", *MODEL, RANKS, "layout.stages=[2,2]"), "layout.stages is a split that the planner does not"),
+        (("plan", "llama3_405b", "plan.ranks=16"), "no layout fits into 16 ranks of cloudmatrix384: the nearest, "),
+        (("explain", *MODEL, "layout=auto"), "layout.auto is true, so there is no layout to explain"),
+        (("train", "layout=auto"), "topology laptop: rank.device is not known"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_planned_gets_one_line(words, line, capsys):
+    assert cli.main(list(words)) == 2
+    printed = [text for text in lines(capsys) if text.startswith("busway: ")]
+    assert len(printed) == 1
+    assert line in printed[0]
+
+
+def test_explain_compares_a_layout_with_the_best(capsys):
+    assert cli.main(["explain", *MODEL, "layout.tp=4", "layout.recompute=full"]) == 0
+    out = capsys.readouterr().out
+    assert "pp 1 x dp 1 x cp 1 x tp 4 = 4 ranks on cloudmatrix384" in out
+    assert "this one is " in out and " slower: " in out
+    assert "recompute: " in out
+
+
+def test_explain_alone_gives_json_of_the_layout(capsys):
+    assert cli.main(["explain", *MODEL, "layout.dp=4", "--alone", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert Layout(**found["layout"]).world_size == 4
+    assert found["wire_bytes_by_level"]["package"] > 0
