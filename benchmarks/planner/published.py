@@ -121,10 +121,14 @@ class Row:
         return self.topology.rank.memory_gib * 2**30
 
     @property
-    def problem(self) -> tuple[str, ...]:
+    def problem(self) -> tuple:
         """What runs have in common between which the layout alone differs."""
         names = ("framework", "model", "layers", "hidden", "hardware", "n_devices", "global_batch", "seq_len")
-        return (*(self.fields.get(name, "") for name in (*names, "vocab", "kv_heads")), self.kernel or "")
+        return (
+            *(self.fields.get(name, "") for name in (*names, "vocab", "kv_heads")),
+            self.kernel or "",
+            self.features,
+        )
 
     @property
     def layout(self) -> tuple:
