@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from worlds import beyond, slug, worst
+from worlds import beyond, routing, slug, worst
 
 from models.weights import weights_of
 from trainer.weight_files import read_weights
@@ -16,7 +16,7 @@ BALANCED = (
 """The bias of the choice moves so far that it changes what some tokens choose."""
 CUT = {
     "tp x zero 2": ["layout.tp=2", "layout.dp=2", "layout.zero=2"],
-    "ep x zero 1": ["layout.dp=2", "layout.ep=2", "layout.zero=1", *BALANCED],
+    "ep x zero 1": ["layout.dp=2", "layout.ep=2", "layout.zero=1", "metrics.routing=true", *BALANCED],
     "zero 3": ["layout.dp=2", "layout.zero=3"],
 }
 COMMON = ("train.precision=fp64", "optimizer.lr=3e-4", "train.steps=4", "checkpoint.every=2", "train.eval_every=0")
@@ -48,6 +48,22 @@ def test_moments_and_biases_go_on_under_another_layout(busway, straight, name, l
     for name, value in first.weights().items():
         found[name] = np.max(np.abs(value - weights[name])) / np.max(np.abs(value))
     assert beyond(found) == {}
+
+
+def test_a_bias_goes_its_rate_toward_experts_with_less_than_the_even_share_of_the_global_batch(straight):
+    """By what was recorded of every token's routing, as are the figures of a row (Wang et al., arXiv 2408.15664)."""
+    run, bias = straight["ep x zero 1"], np.zeros(4)
+    assert len(run.rows) == 4
+    for row in run.rows:
+        chosen = np.concatenate([routing(run, row["step"], rank)[1][0] for rank in range(2)])
+        counts = np.bincount(chosen.reshape(-1), minlength=4)
+        bias += 0.004 * np.sign(counts.mean() - counts)
+        (figures,) = row["experts"].values()
+        wanted = {"load_max": counts.max() / counts.mean(), "load_cv": counts.std() / counts.mean(), "dropped": 0.0}
+        wanted |= {"dead": (counts == 0).sum(), "bias_min": bias.min(), "bias_max": bias.max()}
+        assert {key: figures[key] for key in wanted} == pytest.approx(wanted, rel=1e-12)
+    np.testing.assert_allclose(run.weights()["layers.0.feed_forward.router.bias"], bias, rtol=1e-12)
+    assert bias.any()
 
 
 @pytest.mark.parametrize("name", CUT)
