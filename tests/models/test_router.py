@@ -7,7 +7,7 @@ import pytest
 from mindspore import Tensor, nn
 
 from models.config import ModelConfig
-from models.experts import AUX, DROPPED, ENTROPY, Z, Router, experts_block
+from models.experts import AUX, DROPPED, ENTROPY, Router, Z, experts_block
 from models.kernels import choose
 from models.shapes import ExpertsConfig
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import sys
+from functools import cache
 
 import pytest
+from changed import changed
 
 from trainer import cli
 from trainer.compose import compose_recipe
@@ -120,6 +122,11 @@ CASES += [("tiny_moe", layout, said) for layout, said in ILLEGAL_EXPERTS.items()
 REMEDY = re.compile(r"; set ((?:layout|train|data|launcher|model)\.\w+=[^,;( [\]]+(?: layout\.micro_batch=1)?)")
 
 
+@cache
+def legal(recipe):
+    return compose_recipe(recipe, []).recipe
+
+
 def test_ranks_and_a_shard_group_make_a_legal_layout_together():
     keys = ["layout.tp=1", "layout.pp=1", "launcher.ranks=4", "layout.zero=3", "layout.zero_group=2"]
     assert compose_recipe("tiny_dense", keys).recipe.parallel_layout.dp == 4
@@ -148,4 +155,4 @@ def test_an_illegal_layout_is_one_line_with_its_rule_and_what_would_do(
         assert text in line
     assert printed.out == "" and list(tmp_path.iterdir()) == []
     if remedy := REMEDY.search(line):
-        compose_recipe(recipe, [*keys, *remedy[1].split()])
+        changed(legal(recipe), [*keys, *remedy[1].split()])
