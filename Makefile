@@ -40,7 +40,7 @@ layouts: setup ## Train one model under every layout of tests/layouts/matrix.py 
 	$(BIN)/python -P -m pytest -m layouts tests/layouts/test_matrix.py --table docs/equality.md
 
 layouts-random: setup ## Train COUNT models under layouts that are drawn by SEED
-	$(BIN)/python -P -m pytest tests/layouts/test_random.py --seed $(or $(SEED),1) --count $(or $(COUNT),100)
+	$(BIN)/python -P -m pytest -m layouts tests/layouts/test_random.py --seed $(or $(SEED),1) --count $(or $(COUNT),100)
 
 lint: setup ## Run ruff
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ This module imports nothing but the standard library.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Iterable
 
 
@@ -24,13 +25,15 @@ def check(holds: bool, field: str, rule: str, remedy: str) -> None:
 
 
 def check_at_least(field: str, value: float, least: float) -> None:
-    """Raise `ConfigError` unless `value` is at least `least`."""
+    """Raise `ConfigError` unless `value` is at least `least`, and finite."""
     check(value >= least, field, f"must be at least {least}, but is {value}", f"set {field}={least} or more")
+    check(value < math.inf, field, f"must be finite, but is {value}", f"set {field} to a number of at least {least}")
 
 
 def check_above(field: str, value: float, bound: float) -> None:
-    """Raise `ConfigError` unless `value` is greater than `bound`."""
+    """Raise `ConfigError` unless `value` is greater than `bound`, and finite."""
     check(value > bound, field, f"must be above {bound}, but is {value}", f"set {field} to a number above {bound}")
+    check(value < math.inf, field, f"must be finite, but is {value}", f"set {field} to a number above {bound}")
 
 
 def check_choice(field: str, value: str, choices: Iterable[str]) -> None:

@@ -117,6 +117,23 @@ class ModelConfig:
             f"must be even and at least 2, as rotary positions turn pairs, but is {self.head_width}",
             "set model.head_dim to an even number",
         )
+        if self.moe.experts:
+            self._check_layers_of_experts()
+
+    def _check_layers_of_experts(self) -> None:
+        moe, count = self.moe, self.layers + self.mtp.depth
+        check(
+            all(0 <= layer < count for layer in moe.dense_layers),
+            f"model.moe.dense_layers [{','.join(map(str, moe.dense_layers))}]",
+            f"must list layers from 0 to {count - 1}",
+            "change the list",
+        )
+        check(
+            any(map(moe.in_layer, range(count))),
+            f"model.moe.experts {moe.experts}",
+            f"must be in a layer, but first_dense, every and dense_layers leave none of {count}",
+            "set model.moe.first_dense=0 model.moe.every=1 model.moe.dense_layers=[], or model.moe.experts=0",
+        )
 
     @property
     def head_width(self) -> int:

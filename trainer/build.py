@@ -35,7 +35,7 @@ from trainer.callbacks.summary import MEMORY_KINDS, Summary
 from trainer.callbacks.trace import Trace
 from trainer.checkpoint import Checkpoint
 from trainer.data.blend import Blend
-from trainer.data.loader import Batch, Loader, evaluation_batches
+from trainer.data.loader import Batch, Loader, evaluation_batches, places
 from trainer.data.prepare import Corpus, prepare
 from trainer.experts import RoutingRecord
 from trainer.launch.rank import StopSignal, from_rank_0
@@ -116,10 +116,9 @@ def assemble(
 def _token_numbers(recipe: Recipe, mesh: Mesh, rank: int) -> np.ndarray:
     """[micro-batches, tokens] numbers in the global batch of the tokens that this rank routes in a step."""
     layout, length = mesh.layout, recipe.data.seq_len
-    sequences = recipe.train.global_batch // mesh.size("data")
-    first = mesh.index("data", rank) * sequences
+    taken = places(recipe.train.global_batch, mesh.size("data"), mesh.index("data", rank), layout.micro_batch)
     own = positions(layout, mesh.index("cp", rank), length)
-    numbers = (np.arange(first, first + sequences)[:, None] * length + own).reshape(-1, layout.micro_batch * len(own))
+    numbers = (np.array(taken)[:, None] * length + own).reshape(-1, layout.micro_batch * len(own))
     return np.split(numbers, layout.tp, axis=1)[mesh.index("tp", rank)]
 
 

@@ -127,7 +127,7 @@ def _check_known(override: Override, folders: list[Path]) -> None:
             raise ConfigError(f"{key}={value} is unknown; {nearest(str(value), members)}")
     elif key.split(".")[0] == "topology":
         return  # a topology checks its own keys
-    elif key not in {known for known, *_ in recipes.all_keys()} and not override.is_delete():
+    elif key not in recipes.known_keys() and not override.is_delete():
         raise ConfigError(recipes.unknown_key(key))
 
 

@@ -160,6 +160,12 @@ def all_keys(cls: type = Recipe, prefix: str = "") -> Iterator[tuple[str, str, s
                 yield from all_keys(typing.get_args(hint)[0], key + "[].")
 
 
+@cache
+def known_keys() -> frozenset[str]:
+    """The names of `all_keys`."""
+    return frozenset(key for key, *_ in all_keys())
+
+
 def _default(entry: dataclasses.Field) -> str:
     if entry.default is not dataclasses.MISSING:
         value = entry.default

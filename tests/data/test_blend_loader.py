@@ -9,7 +9,7 @@ import pytest
 
 from models.checks import ConfigError
 from trainer.data.blend import BLOCK, Blend
-from trainer.data.loader import Loader, evaluation_batches
+from trainer.data.loader import Loader, evaluation_batches, places
 from trainer.data.packed import PackedDataset
 
 SEQ = 4
@@ -86,14 +86,21 @@ def test_the_ranks_together_take_what_one_rank_takes(two, ranks: int) -> None:
         for field in range(3):
             parts = [share[step][field] for share in shares]
             assert parts[0].shape == (12 // ranks, 2 * SEQ) and parts[0].dtype == np.int32
-            assert np.array_equal(np.concatenate(parts), alone[step][field])
+            assert np.array_equal(np.stack(parts, 1).reshape(12, -1), alone[step][field])
+
+
+def test_what_ranks_compute_at_once_depends_on_ranks_x_micro_batch_alone() -> None:
+    for ranks, size in ((1, 4), (2, 2), (4, 1)):
+        shares = [np.reshape(places(16, ranks, index, size), (-1, size)) for index in range(ranks)]
+        steps = [sorted(np.concatenate(together).tolist()) for together in zip(*shares, strict=True)]
+        assert steps == np.arange(16).reshape(4, 4).tolist()
 
 
 def test_a_batch_is_the_blends_samples_in_order(two) -> None:
     blend = Blend(two, [2, 1], seed=5)
     batch = take(Loader(blend, 8, 2, 1, micro_batch=2, start=16), 1)[0]
     rows = batch.tokens.reshape(4, SEQ)
-    assert [row.tolist() for row in rows] == [blend.sample(n).tokens.tolist() for n in range(20, 24)]
+    assert [row.tolist() for row in rows] == [blend.sample(n).tokens.tolist() for n in (18, 19, 22, 23)]
 
 
 def test_a_loader_goes_on_from_what_was_consumed_even_with_other_ranks(two) -> None:

@@ -32,6 +32,8 @@ LATENT = (
 GLOBAL = f"{EXPERTS} model.moe.aux_loss=global"
 """Balanced over dp x micro_batch sequences, which must be as many as the one-rank run's one."""
 
+MICRO_BATCH = f"{EXPERTS} model.moe.aux_loss=micro_batch"
+"""Balanced over a micro-batch of one replica."""
 FURTHER = f"{LATENT} model.mtp.depth=1"
 """With multi-token prediction."""
 
@@ -138,11 +140,11 @@ LAYOUTS = {
 """Keys that stand nowhere have their defaults."""
 
 CI = (
-    "tp, sequence parallel", "1f1b, tied", "zb_h1, recompute full", "ring", "zero 1, padded",
+    "tp, sequence parallel", "1f1b, tied", "zb_h1, recompute full", "zero 1, padded",
     "zero 3, prefetch, recompute full, tied", "tp x interleaved", "hybrid", "hsdp, zero 3", "ep, two-level",
     "ep over tp, sequence parallel", "ep over dp x tp, zero 2",
 )  # fmt: skip
-"""Those that every test run tries, for fewer steps."""
+"""Those that every test run tries, for fewer steps. A hybrid has a ring."""
 
 FP32 = (
     "one micro-batch", "tp", "tp, sequence parallel", "1f1b, tied", "zb_v, tied", "ring", "ulysses", "dp", "zero 2",
@@ -153,11 +155,18 @@ FP32 = (
 """Those that are compared in fp32 too, with what a perturbation of the start does."""
 
 
-PAIR = {
-    "global balance, two ranks of one sequence": f"dp=2 ep=2 micro_batch=1 {GLOBAL}",
-    "global balance, one share of two sequences": f"tp=2 ep=2 micro_batch=2 {GLOBAL}",
+BALANCED = {
+    "global": {
+        "global balance, two ranks of one sequence": (2, f"dp=2 ep=2 micro_batch=1 {GLOBAL}"),
+        "global balance, one share of two sequences": (2, f"tp=2 ep=2 micro_batch=2 {GLOBAL}"),
+    },
+    "micro_batch": {
+        "balance of a micro-batch": (1, f"micro_batch=2 {MICRO_BATCH}"),
+        "balance of a micro-batch over ring": (2, f"cp=2 ep=2 micro_batch=2 {MICRO_BATCH}"),
+        "balance of a micro-batch over tp": (2, f"tp=2 ep=2 micro_batch=2 {MICRO_BATCH}"),
+    },
 }
-"""Both balanced over two sequences, unlike the one-rank run."""
+"""By form of the balance loss, layouts that share it: over two sequences, unlike the one-rank run of `MATRIX`."""
 
 
 class Entry(NamedTuple):

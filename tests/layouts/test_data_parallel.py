@@ -10,15 +10,19 @@ import random
 
 import numpy as np
 import pytest
+from worlds import EQUAL, run_world, slug, worst
 
 from trainer.data.build import build
 from trainer.data.tokenizer import train_bpe
 
-EQUAL = 1e-9
 STEPS = 8
 SEED = 7
 TEXT = "ask answer bus tram bridge rain stone house minute where when why never always"
-LAYOUTS = ("dp=1 in one batch", "dp=1 accumulating", "dp=2 accumulating", "dp=4")
+LAYOUTS = {
+    "dp=1 in one batch": (1, 4), "dp=1 accumulating": (1, 1), "dp=2 in one batch": (2, 2), "dp=2 accumulating": (2, 1),
+}  # fmt: skip
+"""Ranks and `layout.micro_batch`."""
+FIRST, *OTHERS = LAYOUTS
 
 
 @pytest.fixture(scope="module")
@@ -45,21 +49,24 @@ def runs(busway, dataset):
     common = (
         f"data.sources=[{{path: {prefix}}}]", f"data.tokenizer={tokenizer}", "data.mask_documents=true",
         "train.precision=fp64", "optimizer.lr=3e-4", f"train.steps={STEPS}", "train.eval_every=4",
+        "launcher.kind=none",
     )  # fmt: skip
-    whole = busway.sweep("whole", *common, "layout.dp=1", "layout.micro_batch=4")
-    parts = busway.sweep("parts", *common, "layout.dp=1,2,4", "layout.micro_batch=1")
-    return dict(zip(LAYOUTS, whole + parts, strict=True))
+    for ranks in (1, 2):
+        run_world(
+            busway,
+            ranks,
+            [
+                ["train", *busway.words(slug(name), *common, f"layout.dp={dp}", f"layout.micro_batch={size}")]
+                for name, (dp, size) in LAYOUTS.items()
+                if dp == ranks
+            ],
+        )
+    return {name: busway.run(slug(name)) for name in LAYOUTS}
 
 
-def worst(first, other):
-    """The largest relative difference of two sequences."""
-    first, other = np.asarray(first), np.asarray(other)
-    return float(np.max(np.abs(first - other) / np.abs(first)))
-
-
-@pytest.mark.parametrize("layout", LAYOUTS[1:])
+@pytest.mark.parametrize("layout", OTHERS)
 def test_loss_and_gradient_norm_of_every_step_are_those_of_one_rank(runs, layout):
-    first, other = runs[LAYOUTS[0]], runs[layout]
+    first, other = runs[FIRST], runs[layout]
     assert [row["step"] for row in other.rows] == list(range(1, STEPS + 1))
     for key in ("loss", "grad_norm"):
         assert worst([row[key] for row in first.rows], [row[key] for row in other.rows]) <= EQUAL
@@ -67,9 +74,9 @@ def test_loss_and_gradient_norm_of_every_step_are_those_of_one_rank(runs, layout
     assert worst([row[key] for row in first.evaluations], [row[key] for row in other.evaluations]) <= EQUAL
 
 
-@pytest.mark.parametrize("layout", LAYOUTS[1:])
+@pytest.mark.parametrize("layout", OTHERS)
 def test_final_weights_are_those_of_one_rank(runs, layout):
-    first, other = runs[LAYOUTS[0]].weights(), runs[layout].weights()
+    first, other = runs[FIRST].weights(), runs[layout].weights()
     assert first.keys() == other.keys()
     for name, value in first.items():
         assert value.dtype == np.float64
@@ -78,12 +85,12 @@ def test_final_weights_are_those_of_one_rank(runs, layout):
 
 def test_the_layouts_are_what_they_are_called(runs):
     sizes = [(run.summary["world_size"], run.summary["layout"]["micro_batch"]) for run in runs.values()]
-    assert sizes == [(1, 4), (1, 1), (2, 1), (4, 1)]
+    assert sizes == list(LAYOUTS.values())
 
 
 def test_the_traffic_does_not_grow_with_accumulation(runs):
     """One reduction a step, however many micro-batches."""
-    for run in (runs["dp=2 accumulating"], runs["dp=4"]):
+    for run in (runs["dp=2 accumulating"], runs["dp=2 in one batch"]):
         (row,) = run.summary["traffic"]
         assert (row["calls"], row["dtype"]) == (1, "float64")
         assert row["payload_bytes"] == (run.summary["parameters"] + 3) * 8

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from matrix import FP32, MATRIX, MODEL, PAIR, Entry, entry
+from matrix import BALANCED, FP32, MATRIX, MODEL, Entry, entry
 from worlds import beyond, difference, flipped, predicted, run_all, run_world, slug, words
 
 from models.weights import initial_reader, weights_of
@@ -23,8 +23,7 @@ SEED = 11
 def exact(busway):
     """Runs in fp64."""
     steps = ("train.steps=10", "train.eval_every=5", "train.eval_batches=1", "train.precision=fp64")
-    pair = [entry(name, 2, keys) for name, keys in PAIR.items()]
-    return run_all(busway, [*MATRIX.values(), *pair], "fp64", *steps)
+    return run_all(busway, MATRIX.values(), "fp64", *steps)
 
 
 @pytest.fixture(scope="module")
@@ -76,11 +75,14 @@ def test_no_order_of_passes_and_no_split_backward_changes_a_bit(exact, name):
     assert all(np.array_equal(value, weights[key]) for key, value in first.weights().items())
 
 
-def test_layouts_that_share_dp_x_micro_batch_share_the_global_balance(exact):
-    """It is not that of the one-rank run, whose micro-step has one sequence."""
-    first, other = (exact[name] for name in PAIR)
-    assert beyond(difference(first, other)) == {}
-    alone = exact[" ".join(entry("", 1, next(iter(PAIR.values()))).model)]
+@pytest.mark.parametrize("form", BALANCED)
+def test_layouts_that_share_what_a_balance_counts_over_train_the_same(busway, form):
+    """It is not that of a run whose micro-batches have one sequence."""
+    entries = [entry(name, *given) for name, given in BALANCED[form].items()]
+    runs = run_all(busway, entries, "balance", "train.steps=5", "train.eval_every=0", "train.precision=fp64")
+    alone = runs[" ".join(entries[0].model)]
+    first, *others = (runs[one.name] for one in entries)
+    assert [beyond(difference(first, other)) for other in others] == [{}] * len(others)
     assert difference(first, alone)["loss"] > 1e-9
 
 

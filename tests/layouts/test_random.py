@@ -17,6 +17,7 @@ from models.checks import ConfigError
 from parallel.layout import ORDER, Layout
 from parallel.schedules import NAMES, V_SHAPED
 from trainer.compose import compose_recipe
+from trainer.recipe import Recipe
 
 STEPS = 3
 
@@ -29,8 +30,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def draw(seed: int, number: int, recipe: str) -> Entry:
     """A model, and the first layout that is legal for it, of `random.Random("seed/number")`."""
     rng = random.Random(f"{seed}/{number}")
-    ranks, model = rng.choice((2, 4, 4)), tuple(_model(rng))
-    composed = compose_recipe(recipe, [*MODEL, *model]).recipe
+    ranks, (model, composed) = rng.choice((2, 4, 4)), _legal_model(rng, recipe)
     while True:
         keys = _layout(rng, ranks, composed.model.layers)
         try:
@@ -42,6 +42,16 @@ def draw(seed: int, number: int, recipe: str) -> Entry:
             continue
         words = tuple(f"layout.{key}={_word(value)}" for key, value in keys.items())
         return Entry(f"seed {seed} number {number}", ranks, words, model)
+
+
+def _legal_model(rng: random.Random, recipe: str) -> tuple[tuple[str, ...], Recipe]:
+    """Keys of a model, and the recipe with them. Experts may be drawn for layers that there are not."""
+    while True:
+        model = tuple(_model(rng))
+        try:
+            return model, compose_recipe(recipe, [*MODEL, *model]).recipe
+        except ConfigError as error:
+            assert "must be in a layer" in str(error)
 
 
 def _model(rng: random.Random) -> list[str]:
@@ -56,9 +66,10 @@ def _model(rng: random.Random) -> list[str]:
         "data.seq_len": rng.choice((32, 64)),
         "train.global_batch": rng.choice((4, 8)),
     }
-    flags = ("model.qk_norm", "model.qkv_bias", "model.tied_embeddings", "data.mask_documents")
+    latent, flags = rng.random() < 0.2, ["model.tied_embeddings", "data.mask_documents"]
+    flags += [] if latent else ["model.qk_norm", "model.qkv_bias"]
     words = [f"{key}={value}" for key, value in keys.items()] + [f"{key}={_word(rng.random() < 0.5)}" for key in flags]
-    if rng.random() < 0.2:
+    if latent:
         words += ["model.latent.kv_rank=16", f"model.latent.q_rank={rng.choice(('null', '24'))}"]
         words += ["model.latent.nope=8", "model.latent.rope=4", "model.latent.value=8"]
     return words + (_experts(rng) if rng.random() < 0.6 else [])
@@ -138,6 +149,15 @@ def runs(busway, entries):
     return run_all(busway, entries, "random", *steps)
 
 
+@pytest.mark.parametrize("other", [2, 3])
+def test_a_seed_draws_a_legal_layout_and_draws_it_again(small_recipe, other):
+    entry = draw(other, 0, str(small_recipe))
+    assert entry == draw(other, 0, str(small_recipe)) != draw(other, 1, str(small_recipe))
+    layout = compose_recipe(str(small_recipe), [*MODEL, *entry.model, *entry.layout]).recipe.parallel_layout
+    assert layout.world_size == entry.ranks
+
+
+@pytest.mark.layouts
 def test_a_drawn_layout_trains_the_model_of_one_rank(runs, entries, number):
     entry = entries[number]
     print(f"{entry.name}: {entry.ranks} ranks, {' '.join(entry.model)} {' '.join(entry.layout)}")

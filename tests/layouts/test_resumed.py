@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from worlds import beyond, slug, worst
+from worlds import beyond, routing, run_world, slug, worst
 
 from models.weights import weights_of
 from trainer.weight_files import read_weights
@@ -16,31 +16,49 @@ BALANCED = (
 """The bias of the choice moves so far that it changes what some tokens choose."""
 CUT = {
     "tp x zero 2": ["layout.tp=2", "layout.dp=2", "layout.zero=2"],
-    "ep x zero 1": ["layout.dp=2", "layout.ep=2", "layout.zero=1", *BALANCED],
+    "ep x zero 1": ["layout.dp=2", "layout.ep=2", "layout.zero=1", "metrics.routing=true", *BALANCED],
     "zero 3": ["layout.dp=2", "layout.zero=3"],
 }
 COMMON = ("train.precision=fp64", "optimizer.lr=3e-4", "train.steps=4", "checkpoint.every=2", "train.eval_every=0")
 
 
+OTHER = {
+    "tp x zero 2": ["layout.pp=2", "layout.micro_batch=1"],
+    "ep x zero 1": ["layout.tp=2", *BALANCED],
+}
+"""Layouts of two ranks that go on."""
+AGAIN = ("ep x zero 1", "zero 3")
+
+
+def started(busway, name, *keys):
+    """The command line of a run."""
+    return ["train", *busway.words(name, "launcher.kind=none", *COMMON, *keys)]
+
+
+def resumed(busway, name, before, *keys):
+    """That of a run of its own that goes on from the second step of another."""
+    return started(busway, name, *keys, f"checkpoint.resume={busway.run(before).path}/checkpoints/step-00000002")
+
+
 @pytest.fixture(scope="module")
-def straight(busway):
-    """Runs without a stop."""
-    return {name: busway.train(slug("straight", name), *COMMON, *keys) for name, keys in CUT.items()}
-
-
-def resumed(busway, run, name, *keys):
-    """A run of its own that goes on from the second step of `run`."""
-    return busway.train(name, *COMMON, *keys, f"checkpoint.resume={run.path}/checkpoints/{run.checkpoints[0]}")
+def runs(busway):
+    """(whether it is whole, goes on in another layout or in its own, name) -> run; in two worlds."""
+    whole, other, again = ({name: slug(kind, name) for name in CUT} for kind in ("whole", "other", "again"))
+    begun = {name: started(busway, whole[name], *keys) for name, keys in CUT.items()}
+    run_world(busway, 4, [begun.pop("tp x zero 2")])
+    goes_on = [resumed(busway, other[name], whole[name], *keys) for name, keys in OTHER.items()]
+    goes_on += [resumed(busway, again[name], whole[name], *CUT[name]) for name in AGAIN]
+    run_world(busway, 2, [*begun.values(), *goes_on])
+    found = {("whole", name): busway.run(whole[name]) for name in CUT}
+    found |= {("other", name): busway.run(other[name]) for name in OTHER}
+    return found | {("again", name): busway.run(again[name]) for name in AGAIN}
 
 
 @pytest.mark.parametrize(
-    ("name", "layout"),
-    [("tp x zero 2", ["layout.pp=2", "layout.micro_batch=1"]), ("ep x zero 1", ["layout.tp=2", *BALANCED])],
-    ids=["slices of tp and zero as stages of a pipeline", "experts' pieces and biases over tp"],
+    "name", OTHER, ids=["slices of tp and zero as stages of a pipeline", "experts' pieces and biases over tp"]
 )
-def test_moments_and_biases_go_on_under_another_layout(busway, straight, name, layout):
-    first = straight[name]
-    other = resumed(busway, first, slug("other", name), *layout)
+def test_moments_and_biases_go_on_under_another_layout(runs, name):
+    first, other = runs["whole", name], runs["other", name]
     assert [row["step"] for row in other.rows] == [3, 4]
     rows = first.rows[2:], other.rows
     found = {key: worst(*([row[key] for row in some] for some in rows)) for key in ("loss", "grad_norm")}
@@ -50,18 +68,34 @@ def test_moments_and_biases_go_on_under_another_layout(busway, straight, name, l
     assert beyond(found) == {}
 
 
+def test_a_bias_goes_its_rate_toward_experts_with_less_than_the_even_share_of_the_global_batch(runs):
+    """By what was recorded of every token's routing, as are the figures of a row (Wang et al., arXiv 2408.15664)."""
+    run, bias = runs["whole", "ep x zero 1"], np.zeros(4)
+    assert len(run.rows) == 4
+    for row in run.rows:
+        chosen = np.concatenate([routing(run, row["step"], rank)[1][0] for rank in range(2)])
+        counts = np.bincount(chosen.reshape(-1), minlength=4)
+        bias += 0.004 * np.sign(counts.mean() - counts)
+        (figures,) = row["experts"].values()
+        wanted = {"load_max": counts.max() / counts.mean(), "load_cv": counts.std() / counts.mean(), "dropped": 0.0}
+        wanted |= {"dead": (counts == 0).sum(), "bias_min": bias.min(), "bias_max": bias.max()}
+        assert {key: figures[key] for key in wanted} == pytest.approx(wanted, rel=1e-12)
+    np.testing.assert_allclose(run.weights()["layers.0.feed_forward.router.bias"], bias, rtol=1e-12)
+    assert bias.any()
+
+
 @pytest.mark.parametrize("name", CUT)
-def test_a_checkpoint_in_slices_and_runs_is_a_weight_directory(straight, name):
-    run = straight[name]
+def test_a_checkpoint_in_slices_and_runs_is_a_weight_directory(runs, name):
+    run = runs["whole", name]
     stored = read_weights(run.newest)
     weights = {weight.name: weight.stack(stored.read) for weight in weights_of(stored.config.parameters())}
     assert all(np.array_equal(value, weights[key]) for key, value in run.weights().items())
 
 
-@pytest.mark.parametrize("name", ["ep x zero 1", "zero 3"])
-def test_a_layout_goes_on_from_its_own_checkpoint_bit_for_bit(busway, straight, name):
-    first = straight[name]
-    other = resumed(busway, first, slug("again", name), *CUT[name])
+@pytest.mark.parametrize("name", AGAIN)
+def test_a_layout_goes_on_from_its_own_checkpoint_bit_for_bit(runs, name):
+    first, other = runs["whole", name], runs["again", name]
+    assert [row["step"] for row in other.rows] == [3, 4]
     assert [row["loss"] for row in other.rows] == [row["loss"] for row in first.rows[2:]]
     weights = other.weights()
     assert all(np.array_equal(value, weights[key]) for key, value in first.weights().items())

@@ -13,6 +13,12 @@ def graph_mode():
 
 
 @pytest.fixture
+def pynative():
+    """Has nothing to compile."""
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+
+
+@pytest.fixture
 def random():
     """`random(shape)`: normal numbers in float64."""
     print(f"seed {SEED}")

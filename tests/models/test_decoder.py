@@ -18,31 +18,37 @@ VARIANTS = {
     "llama": {},
     "qwen2": {"qkv_bias": True, "tied_embeddings": True},
     "qwen3": {"qk_norm": True, "head_dim": 10},
-    "mixtral": {"moe": ExpertsConfig(experts=4, top_k=2, ffn=14, aux_coef=0.3, z_coef=0.2)},
+    "mixtral, capacity": {"moe": ExpertsConfig(experts=4, top_k=2, ffn=14, capacity=0.7, aux_coef=0.3, z_coef=0.2)},
     "qwen3_moe": {"qk_norm": True, "moe": ExpertsConfig(experts=6, top_k=3, ffn=10, every=2, aux_loss="none")},
-    "global": {"moe": ExpertsConfig(experts=4, top_k=2, ffn=14, aux_loss="global", aux_coef=0.3, normalise=False)},
+    "global, probability": {
+        "moe": ExpertsConfig(
+            experts=4, top_k=2, ffn=14, aux_loss="global", aux_coef=0.3, normalise=False, capacity=0.7,
+            drop="probability",
+        )
+    },
     "deepseek": {
         "moe": ExpertsConfig(
             experts=8, top_k=2, ffn=10, shared=2, first_dense=1, score="sigmoid", groups=4, top_groups=2, scale=2.5,
             aux_coef=0.3,
         )
     },
-    "sandwich": {"sandwich_norm": True, "moe": ExpertsConfig(experts=4, top_k=2, ffn=14, first_dense=1)},
-    "latent": {"latent": LatentConfig(kv_rank=6, nope=4, rope=6, value=8)},
+    "sandwich, latent": {
+        "sandwich_norm": True,
+        "latent": LatentConfig(kv_rank=6, nope=4, rope=6, value=8),
+        "moe": ExpertsConfig(experts=4, top_k=2, ffn=14),
+    },
     "two latents": {
         "latent": LatentConfig(kv_rank=6, q_rank=7, nope=4, rope=4, value=8),
         "rope_scaling": RopeScaling("yarn", factor=4.0, original_length=16, mscale_all_dim=0.7),
     },
     "further tokens": {
         "mtp": PredictionConfig(depth=2, coef=0.5),
-        "moe": ExpertsConfig(experts=4, top_k=2, ffn=14, first_dense=1, aux_coef=0.3),
+        "moe": ExpertsConfig(experts=4, top_k=2, ffn=14, first_dense=2, aux_coef=0.3),
     },
     "a further token, tied": {"mtp": PredictionConfig(depth=1), "tied_embeddings": True},
-    "capacity": {"moe": ExpertsConfig(experts=4, top_k=2, ffn=14, capacity=0.7, aux_coef=0.3)},
-    "probability": {"moe": ExpertsConfig(experts=4, top_k=2, ffn=14, capacity=0.7, drop="probability", aux_coef=0.3)},
 }  # fmt: skip
 
-UNLIKE = ("llama", "qwen3_moe", "deepseek", "sandwich", "further tokens")
+UNLIKE = ("llama", "qwen3_moe", "deepseek")
 """With two layers, most of which are not alike."""
 
 pytestmark = pytest.mark.usefixtures("graph_mode")

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import cache
 from itertools import chain, pairwise, zip_longest
-from typing import Any
 
 import pytest
 import recording
-import yaml
-from matrix import MATRIX, MODEL
+from changed import changed
+from matrix import CI, MATRIX, MODEL
 
 from parallel.mesh import DENSE, EXPERT
 from parallel.traffic import DTYPE_BYTES, Traffic
@@ -35,27 +33,6 @@ SUPERNODE = (
     "pp=8 dp=12 schedule=dualpipe_v zero=1 recompute=selective train.global_batch=192",
 )
 """Of qwen3_32b on 768 ranks, with the above."""
-
-
-def changed(recipe: Recipe, words: Sequence[str]) -> Recipe:
-    """`recipe` with other keys, those of `layout` without their section."""
-    tree: dict[str, Any] = {}
-    for word in words:
-        key, value = word.split("=")
-        *sections, name = key.split(".") if "." in key else ("layout", key)
-        branch = tree
-        for section in sections:
-            branch = branch.setdefault(section, {})
-        branch[name] = yaml.safe_load(value)
-    return _replaced(recipe, tree)
-
-
-def _replaced(settings: Any, tree: dict[str, Any]) -> Any:
-    own = {
-        key: _replaced(getattr(settings, key), value) if isinstance(value, dict) else value
-        for key, value in tree.items()
-    }
-    return replace(settings, **own)
 
 
 @cache
@@ -167,20 +144,23 @@ def run(records: Sequence[recording.Record]) -> int:
     return sum(position.values())
 
 
-each_layout = pytest.mark.parametrize("layout", LAYOUTS)
-each_precision = pytest.mark.parametrize("precision", ["fp32", "bf16"])
+BF16 = ("ep over tp, sequence parallel, latent", "further tokens x ep x 1f1b, zero 3")
+"""Whose linears give and take bf16 in every test run, beside those of `CI`; the others' in `make test-slow`."""
+each_recorded = pytest.mark.parametrize(
+    ("layout", "precision"),
+    [(name, "fp32") for name in LAYOUTS]
+    + [pytest.param(n, "bf16", marks=[] if n in CI + BF16 else [pytest.mark.slow]) for n in LAYOUTS],
+)
 
 
-@each_precision
-@each_layout
+@each_recorded
 def test_members_of_every_group_ask_for_the_same_and_all_ranks_end(layout, precision):
     _, recorded = records(layout, precision)
     check_sequences(recorded)
     assert run(recorded) == sum(len(record.calls) for record in recorded)
 
 
-@each_precision
-@each_layout
+@each_recorded
 def test_the_account_is_what_was_handed_to_operators(layout, precision):
     for record in records(layout, precision)[1]:
         payload: Counter = Counter()
@@ -194,8 +174,7 @@ def test_the_account_is_what_was_handed_to_operators(layout, precision):
         assert record.account.payload == {key: (payload[key], calls[key]) for key in payload}
 
 
-@each_precision
-@each_layout
+@each_recorded
 def test_the_account_is_what_the_formulas_say(layout, precision):
     ranks, recorded = records(layout, precision)
     for record in recorded:
@@ -216,8 +195,7 @@ def collective(call: recording.Call) -> str:
     return names.get(call.operator.split()[0], "")
 
 
-@each_precision
-@each_layout
+@each_recorded
 def test_ranks_of_one_role_are_alike(layout, precision):
     ranks, recorded = records(layout, precision)
     for first in {ranks.role(record.rank): record for record in reversed(recorded)}.values():

@@ -12,6 +12,7 @@ import pytest
 from models.checks import ConfigError
 from parallel.layout import ORDER, Layout
 from parallel.mesh import DENSE, EXPERT, VIEWS, Mesh
+from parallel.topology import Topology, load
 
 
 def draw_layout(seed: int) -> Layout:
@@ -107,6 +108,58 @@ def test_levels_follow_the_placement(machine):
         Mesh(Layout(dp=2), machine("any"), placement=(1, 1))
     with pytest.raises(ValueError, match="position 8 is outside machine"):
         Mesh(Layout(dp=2), machine(2, 4), placement=(0, 8))
+
+
+def boxes(inside: float | None, outside: float | None, plane: str = "outside") -> Topology:
+    """Boxes of two ranks, and what joins them."""
+    level = {"latency": None, "members": 2}
+    return load(
+        {
+            "name": "boxes",
+            "rank": {"name": "core", "memory_gib": None, "memory_bandwidth": None, "peak_tflops": None},
+            "planes": {"inside": {"injection": None}, "outside": {"injection": None}},
+            "levels": [
+                {**level, "name": "box", "bandwidth": inside, "plane": "inside"},
+                {**level, "name": "cluster", "members": "any", "bandwidth": outside, "plane": plane},
+            ],
+        }
+    )
+
+
+OVER_BOXES = {"dp": 4, "ep": 4}
+
+
+@pytest.mark.parametrize(
+    ("topology", "sizes", "groups"),
+    [
+        (boxes(100, 50), OVER_BOXES, 2),
+        (boxes(100, 50), {"dp": 8, "ep": 8}, 4),
+        (boxes(100, 50), {"dp": 8, "ep": 8, "outer_groups": 2}, 2),
+        (boxes(100, 50), {"dp": 4, "ep": 2, "etp": 2}, 2),
+        (boxes(100, 51), OVER_BOXES, 1),
+        (boxes(None, 50), OVER_BOXES, 1),
+        (boxes(100, None), OVER_BOXES, 1),
+        (boxes(100, 50, "inside"), OVER_BOXES, 1),
+        (boxes(100, 50), {"dp": 4, "ep": 2}, 1),  # inside a box
+        (boxes(100, 50), {"dp": 3, "ep": 3}, 1),  # a box and a half
+        (boxes(100, 50), {**OVER_BOXES, "dispatch": "flat"}, 1),
+        (boxes(100, 100), {**OVER_BOXES, "dispatch": "two_level"}, 2),
+        (boxes(100, 100), {**OVER_BOXES, "dispatch": "two_level", "outer_groups": 4}, 4),
+        (boxes(100, 50), {"dp": 8, "ep": 8, "dispatch": "two_level"}, 4),
+        (boxes(100, 50), {"dp": 4, "dispatch": "two_level"}, 1),  # without ep
+    ],
+)
+def test_dispatch_goes_by_two_levels_where_a_group_spans_a_network_of_half_the_bandwidth(topology, sizes, groups):
+    mesh = Mesh(Layout(**sizes), topology)
+    assert mesh.dispatch()[0] == groups
+    assert (f"({groups} outer groups)" in mesh.describe()) == (groups > 1)
+
+
+def test_dispatch_is_flat_where_a_placement_cuts_a_group_unevenly():
+    layout = Layout(dp=4, ep=4)
+    assert Mesh(layout, boxes(100, 50), placement=(0, 1, 4, 5)).dispatch()[0] == 2
+    assert Mesh(layout, boxes(100, 50), placement=(0, 1, 2, 4)).dispatch()[0] == 1
+    assert Mesh(layout, boxes(100, 50), placement=(0, 2, 1, 3)).dispatch()[0] == 1  # boxes in turn
 
 
 def test_a_layout_larger_than_the_machine_is_one_line(machine):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import sys
+from functools import cache
 
 import pytest
+from changed import changed
 
 from trainer import cli
 from trainer.compose import compose_recipe
@@ -106,6 +108,10 @@ ILLEGAL_EXPERTS = {
     "model.moe.groups=4 model.moe.top_groups=5": ("model.moe.top_groups 5 must not exceed model.moe.groups 4", "=4"),
     "model.moe.groups=4 model.moe.top_k=4": ("must not exceed the 2 experts that a token chooses from", "top_k=2"),
     "model.moe.capacity=0": ("model.moe.capacity must be above 0, but is 0.0", "set model.moe.capacity to a number"),
+    "model.moe.capacity=inf": ("model.moe.capacity must be finite, but is inf", "set model.moe.capacity to a number"),
+    "model.moe.z_coef=inf": ("model.moe.z_coef must be finite, but is inf", "set model.moe.z_coef to a number of at"),
+    "model.moe.dense_layers=[0,8]": ("model.moe.dense_layers [0,8] must list layers from 0 to 7", "change the list"),
+    "model.moe.first_dense=8": ("model.moe.experts 8 must be in a layer", "set model.moe.first_dense=0"),
     "model.moe.aux_loss=sequences": ("model.moe.aux_loss must be one of sequence, global", "did you mean 'sequence'?"),
     "model.moe.ffn=0": ("model.moe.ffn must be at least 1, but is 0", "set model.moe.ffn=1 or more"),
     "model.mtp.depth=128": ("model.mtp.depth must be below data.seq_len 128", "set model.mtp.depth=127 or less"),
@@ -114,6 +120,11 @@ ILLEGAL_EXPERTS = {
 CASES = [("tiny_dense", layout, said) for layout, said in ILLEGAL.items()]
 CASES += [("tiny_moe", layout, said) for layout, said in ILLEGAL_EXPERTS.items()]
 REMEDY = re.compile(r"; set ((?:layout|train|data|launcher|model)\.\w+=[^,;( [\]]+(?: layout\.micro_batch=1)?)")
+
+
+@cache
+def legal(recipe):
+    return compose_recipe(recipe, []).recipe
 
 
 def test_ranks_and_a_shard_group_make_a_legal_layout_together():
@@ -144,4 +155,4 @@ def test_an_illegal_layout_is_one_line_with_its_rule_and_what_would_do(
         assert text in line
     assert printed.out == "" and list(tmp_path.iterdir()) == []
     if remedy := REMEDY.search(line):
-        compose_recipe(recipe, [*keys, *remedy[1].split()])
+        changed(legal(recipe), [*keys, *remedy[1].split()])

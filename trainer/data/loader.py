@@ -34,8 +34,8 @@ class Batch(NamedTuple):
 class Loader:
     """Step k takes the samples start + k B to start + (k + 1) B of the blend, B = `global_batch`.
 
-    Rank `index` of `ranks` (the data view of the mesh) takes the index-th contiguous share of them, so the
-    batch of all ranks together is the same whatever their number is.
+    Rank `index` of `ranks` (the data view of the mesh) takes its `places` of them, so the batch of all ranks
+    together is the same whatever their number is.
 
     Attributes:
         consumed: samples of the whole run that were handed out, by all ranks; a later `start`.
@@ -48,7 +48,7 @@ class Loader:
         self._blend = blend
         self._global_batch = global_batch
         self._micro_batch = micro_batch
-        self._share = _share(global_batch, ranks, index, micro_batch)
+        self._share = places(global_batch, ranks, index, micro_batch)
         self.consumed = start
         self.wait_s = 0.0
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(PREFETCH)
@@ -105,7 +105,7 @@ def evaluation_batches(
     ends = np.cumsum([len(dataset) for dataset in datasets])
     total = int(ends[-1])
     order = Permutation(total, EVALUATION_SEED)
-    share = _share(global_batch, ranks, index, micro_batch)
+    share = places(global_batch, ranks, index, micro_batch)
     for first in range(0, min(total, batches * global_batch), global_batch):
         samples = []
         for number in (first + n for n in share):
@@ -118,12 +118,16 @@ def evaluation_batches(
         yield _stack(samples, micro_batch)
 
 
-def _share(global_batch: int, ranks: int, index: int, micro_batch: int) -> range:
-    """The places in a global batch that rank `index` takes."""
+def places(global_batch: int, ranks: int, index: int, micro_batch: int) -> list[int]:
+    """The places in a global batch that rank `index` takes, in its order.
+
+    Each micro-step takes the next `ranks` x `micro_batch` of them, so that what it computes together, and a balance
+    loss that counts over it, depends on that product alone.
+    """
     if global_batch % (ranks * micro_batch):  # a recipe's is checked by Layout.check_batch
         raise ValueError(f"{ranks} ranks cannot share {global_batch} samples in micro-batches of {micro_batch}")
-    size = global_batch // ranks
-    return range(index * size, (index + 1) * size)
+    first = range(index * micro_batch, global_batch, ranks * micro_batch)
+    return [place for begin in first for place in range(begin, begin + micro_batch)]
 
 
 def _stack(samples: list[Sample], micro_batch: int) -> Batch:
