@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 
 from parallel.planner.compute import Passes
-from parallel.planner.memory import GIB, Holding, communicators, live
+from parallel.planner.memory import GIB, Holding, communicators, enough, live
 from parallel.planner.price import Pricing
 from parallel.planner.shape import KINDS, RECOMPUTE, Candidates, Column, contents
 from parallel.planner.space import Space
@@ -130,10 +130,10 @@ def first_rank(space: Space, c: Candidates) -> tuple[float, np.ndarray]:
     for name, vpp in space.pipelines(c.pp):
         parts = contents(space.problem.model, c.pp * vpp)
         layers = parts.dense + parts.sparse
-        for index, m in enumerate(numbers.tolist()):
-            if (name == "interleaved" and m % c.pp) or (name == "dualpipe_v" and m < 2 * c.pp):
-                continue
-            table = live(name, c.pp, vpp, m if name == "gpipe" else min(m, 3 * vpp * c.pp))[0]
-            flying[index] = min(flying[index], float(table @ layers))
+        runs = {"interleaved": numbers % c.pp == 0, "dualpipe_v": numbers >= 2 * c.pp}.get(name, numbers > 0)
+        capped = np.minimum(numbers, enough(name, c.pp))
+        for m in np.unique(capped[runs]).tolist():
+            table, those = live(name, c.pp, vpp, m)[0], runs & (capped == m)
+            flying[those] = np.minimum(flying[those], float(table @ layers))
             held = min(held, float((table > 0) @ layers))
     return held, flying[where]

@@ -18,6 +18,7 @@ from parallel.planner.constants import Constants
 from parallel.planner.shape import KINDS, RECOMPUTE, Candidates, Column, Contents, Shape, places
 
 GIB = 2**30
+ANY_NUMBER = 2**62
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,11 @@ def saved(shape: Shape, seq_len: Column, c: Candidates) -> dict[str, tuple[Colum
     return found
 
 
+def enough(schedule: str, pp: int) -> int:
+    """Micro-batches beyond which more prolong the middle of a schedule alone, so that no more are in flight."""
+    return {"gpipe": ANY_NUMBER, "1f1b": pp, "zb_h1": pp}.get(schedule, 2 * pp)
+
+
 @lru_cache(maxsize=16384)
 def live(schedule: str, pp: int, vpp: int, micro_batches: int) -> np.ndarray:
     """float [pp, S]: of each rank's stages, the micro-batches in flight at the peak of their number.
@@ -118,7 +124,7 @@ def live(schedule: str, pp: int, vpp: int, micro_batches: int) -> np.ndarray:
         forwards = np.minimum(warm_up.get(schedule, pp - rank - 1) + 1, micro_batches * vpp)
         rounds, rest = np.divmod(forwards, turn * vpp)
         return np.where(place == rank, rounds * turn + np.clip(rest - chunk * turn, 0, turn), 0).astype(float)
-    found, plan = np.zeros((pp, pp * vpp)), schedules.make(schedule, pp, vpp, min(micro_batches, 3 * pp))
+    found, plan = np.zeros((pp, pp * vpp)), schedules.make(schedule, pp, vpp, micro_batches)
     for rank, actions in enumerate(plan.actions):
         held, most = [0] * plan.stages, 0
         for kind, _, stage in actions:
@@ -251,9 +257,7 @@ class Holding:
             kept = schedules.peak_live(c.schedule, c.pp, c.vpp, c.micro_batches, stage, stage)
         else:
             kept = np.empty((len(c), c.pp))
-            numbers = np.broadcast_to(np.asarray(c.micro_batches), (len(c),))
-            if c.schedule != "gpipe":  # beyond these, more micro-batches prolong the middle alone
-                numbers = np.minimum(numbers, 2 * c.vpp * c.pp if c.schedule == "interleaved" else 3 * c.pp)
+            numbers = np.broadcast_to(np.minimum(c.micro_batches, enough(c.schedule, c.pp)), (len(c),))
             for m in np.unique(numbers):
                 same = numbers == m
                 kept[same] = stage[same] @ live(c.schedule, c.pp, c.vpp, int(m)).T

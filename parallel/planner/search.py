@@ -163,13 +163,7 @@ class Search:
         if not len(rows):
             return
         group, total = group.take(rows), total[rows]
-        if not self.exhaustive:
-            rough = pricing.prices(group, parts, taken[rows]).rough
-            rows = rows[rough < self._limit()]
-            group, total = group.take(np.flatnonzero(rough < self._limit())), total[rough < self._limit()]
-            if not len(rows):
-                return
-        bounds = pricing.prices(group, parts, taken[rows]).bound
+        bounds = pricing.prices(group, parts, taken[rows]).rough
         self._note_front(group, bounds, total)
         kept = np.flatnonzero(bounds < self._limit()) if not self.exhaustive else range(len(bounds))
         for row in kept:

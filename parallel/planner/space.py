@@ -117,16 +117,17 @@ class Space:
         shared = self._values("sequence_parallel", [False, True] if tp > 1 else [False])
         if tp == 1 and problem.fixed.get("sequence_parallel"):
             shared = [False]  # a key of an axis of size 1 has no effect
-        rows = [
-            (ep, etp, b, batch // b, sp)
-            for (ep, etp), b, sp in product(experts, micro, shared)
-            if (b * problem.seq_len // cp) % tp == 0 or not (sp or moe.experts)
-        ]
-        table = np.array(rows, np.int64).reshape(-1, 5)
+        ep, etp = np.array(experts, np.int64).reshape(-1, 2).T
+        columns = np.meshgrid(np.arange(len(ep)), np.array(micro, np.int64), np.array(shared, np.int64), indexing="ij")
+        pair, b, sp = (column.ravel() for column in columns)
+        whole = (b * problem.seq_len // cp) % tp == 0
+        legal = np.ones(len(b), bool) & (whole | ((sp == 0) & (not moe.experts)))
         names = ("ep", "etp", "micro_batch", "micro_batches", "sequence_parallel")
-        found = dict(zip(names, table.T, strict=True))
+        found = {
+            name: column[legal] for name, column in zip(names, (ep[pair], etp[pair], b, batch // b, sp), strict=True)
+        }
         fixed = {"dp": dp, "cp": cp, "ulysses": ulysses, "tp": tp}
-        return found | {name: np.full(len(table), value, np.int64) for name, value in fixed.items()}
+        return found | {name: np.full(int(legal.sum()), value, np.int64) for name, value in fixed.items()}
 
     def pipelines(self, pp: int) -> list[tuple[str, int]]:
         """(schedule, vpp) that pp ranks can run, whatever the micro-batches."""
