@@ -34,6 +34,17 @@ BATCH = 16
 """Fine rows that are placed and simulated together."""
 
 
+class Coarse(NamedTuple):
+    """Coarse rows in the order of their bounds: arrays, and the tables that they are rows of."""
+
+    tables: list[tuple[int, dict[str, np.ndarray]]]
+    """By pp: its columns, and under `bounds` those with each ZeRO stage and recompute."""
+    bounds: np.ndarray
+    owners: np.ndarray
+    """Which table each row is in, and at which number there."""
+    numbers: np.ndarray
+
+
 class Fine(NamedTuple):
     """A fine row in the queue, by its bound."""
 
@@ -87,13 +98,13 @@ class Search:
         coarse = self._coarse(space)
         position, chunk = 0, CHUNKS[0]
         while True:
-            upcoming = coarse[position][0] if position < len(coarse) else np.inf
+            upcoming = coarse.bounds[position] if position < len(coarse.bounds) else np.inf
             waiting = self._queue[0].bound if self._queue else np.inf
             least = min(upcoming, waiting)
             if least == np.inf or least >= self._limit() and not self.exhaustive:
                 break
             if upcoming <= waiting:
-                self._refine(space, coarse[position : position + chunk])
+                self._refine(space, coarse, slice(position, position + chunk))
                 position, chunk = position + chunk, min(4 * chunk, CHUNKS[1])
             for _ in range(4):  # the sooner good layouts are known, the fewer rows are refined
                 self._simulate()
@@ -112,24 +123,27 @@ class Search:
         own = steps[self.keep - 1] if len(steps) >= self.keep else np.inf
         return own if self.limit is None else min(own, self.limit)
 
-    def _coarse(self, space: Space) -> list[tuple[float, int, dict, int]]:
-        """(bound, pp, columns, row) of every coarse row that may fit, ascending."""
-        found = []
+    def _coarse(self, space: Space) -> Coarse:
+        """Every coarse row that may fit, ascending by bound."""
+        tables, bounds, owners, numbers = [], [np.empty(0)], [np.empty(0, int)], [np.empty(0, int)]
         for pp, rows in space.coarse():
             self.result.coarse += len(rows["tp"])
-            bounds = coarse_bounds(space, pp, rows)
-            best = bounds.min((0, 1))
-            own = {**rows, "bounds": bounds.transpose(2, 0, 1)}
-            found += [(float(best[row]), pp, own, int(row)) for row in np.flatnonzero(best < np.inf)]
-        return sorted(found, key=lambda entry: entry[0])
+            found = coarse_bounds(space, pp, rows)
+            best = found.min((0, 1))
+            kept = np.flatnonzero(best < np.inf)
+            bounds.append(best[kept])
+            owners.append(np.full(len(kept), len(tables)))
+            numbers.append(kept)
+            tables.append((pp, {**rows, "bounds": found.transpose(2, 0, 1)}))
+        order = np.argsort(np.concatenate(bounds), kind="stable")
+        return Coarse(tables, *(np.concatenate(parts)[order] for parts in (bounds, owners, numbers)))
 
-    def _refine(self, space: Space, chunk: list) -> None:
+    def _refine(self, space: Space, coarse: Coarse, chunk: slice) -> None:
         """Time and memory of all fine rows of a chunk, and those that may be among the best into the queue."""
-        by_pp: dict[int, tuple[dict, list[int]]] = {}
-        for _, pp, rows, row in chunk:
-            by_pp.setdefault(pp, (rows, []))[1].append(row)
-        for pp, (rows, indices) in by_pp.items():
-            own = {name: column[indices] for name, column in rows.items()}
+        owners, numbers = coarse.owners[chunk], coarse.numbers[chunk]
+        for owner in np.unique(owners):
+            pp, rows = coarse.tables[owner]
+            own = {name: column[numbers[owners == owner]] for name, column in rows.items()}
             wanted = own.pop("bounds").transpose(1, 2, 0) < (np.inf if self.exhaustive else self._limit())
             for base, pricing, holding in self._promising(space, space.fine(pp, own, wanted)):
                 for group, taken in space.scheduled(base):
