@@ -9,13 +9,12 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from models.config import ModelConfig
 from parallel.planner.shape import Candidates, Contents, Shape
 from parallel.topology import Level, Plane, Rank, Topology
 
@@ -395,6 +394,3 @@ def _edges(row: Row, stages: int) -> np.ndarray:
             ends.append(block + 1)
             place += 1
     return np.minimum([0, *ends, *[layers] * (stages - len(ends))], layers).astype(float)
-
-
-__all__ = ["Batch", "ModelConfig", "Row", "batches", "read", "replace"]
