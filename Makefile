@@ -19,7 +19,7 @@ setup: $(VENV)/.done ## Make .venv with pinned versions and compile the C++ oper
 
 $(VENV)/.done: constraints.txt requirements.txt setup.py pyproject.toml models/kernels/build.py $(SOURCES) $(UNBUILT)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -r requirements.txt pytest ruff setuptools wheel
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -r requirements.txt pytest pytest-xdist ruff setuptools wheel
 	rm -f $(OPERATORS)
 	$(BIN)/pip install -v --disable-pip-version-check --no-build-isolation --no-deps -e . > $(BUILD_LOG) 2>&1 || { cat $(BUILD_LOG); exit 1; }
 	@echo "$$(grep -o 'busway: compiled .*' $(BUILD_LOG)); see $(BUILD_LOG)"
@@ -30,8 +30,9 @@ $(UNBUILT): # no recipe: what is missing makes .done run again
 train: setup ## Train the built-in recipe
 	$(BIN)/busway train
 
+# Two at a time, as much of a run is compiling on one core; a file stays together, as its tests share worlds.
 test: setup lint ## Run every fast test (under 15 minutes)
-	$(BIN)/python -P -m pytest
+	$(BIN)/python -P -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: setup ## Run the tests that take minutes
 	$(BIN)/python -P -m pytest -m slow
