@@ -376,8 +376,7 @@ def _batch(rows: list[Row], members: tuple[int, ...]) -> Batch:
     share = np.array([row.recompute_share for row in own])[:, None]
     parts = Contents(**tables, again=(share, share))
     seq_len = np.array([row.seq_len for row in own])
-    order = ("tp", "cp", "dp", "pp")
-    candidates = Candidates(first.schedule, first.pp, first.vpp, order=order, **columns)
+    candidates = Candidates(first.schedule, first.pp, first.vpp, **columns)
     return Batch(members, shape, seq_len, candidates, parts, first.topology)
 
 

@@ -13,12 +13,10 @@ from functools import cached_property
 import numpy as np
 
 from parallel.planner.compute import Passes
-from parallel.planner.memory import GIB, Holding, communicators, enough, live
+from parallel.planner.memory import GIB, LAYERS, Holding, communicators, enough, live
 from parallel.planner.price import Pricing
-from parallel.planner.shape import KINDS, RECOMPUTE, Candidates, Column, contents
+from parallel.planner.shape import KINDS, RECOMPUTE, Candidates, Column
 from parallel.planner.space import Space
-
-LAYERS = [KINDS.index(kind) for kind in ("dense", "sparse")]
 
 
 def coarse_bounds(space: Space, pp: int, rows: dict[str, np.ndarray]) -> np.ndarray:
@@ -53,7 +51,7 @@ class Bounds:
         self.c, self.pricing, self.holding = c, pricing, holding
         self.first = first or first_rank(space, c)
         self.k, self.problem = space.problem.constants, space.problem
-        one = contents(self.problem.model, 1)
+        one = self.problem.contents(1)
         self.counts = np.array([one.counts(kind)[0] for kind in KINDS])
         self.share = self.counts / c.pp
         self.zero = np.where(c.dp * c.cp > 1, c.zero, 0)
@@ -128,7 +126,7 @@ def first_rank(space: Space, c: Candidates) -> tuple[float, np.ndarray]:
     numbers, where = np.unique(c.micro_batches, return_inverse=True)
     flying, held = np.full(len(numbers), np.inf), np.inf
     for name, vpp in space.pipelines(c.pp):
-        parts = contents(space.problem.model, c.pp * vpp)
+        parts = space.problem.contents(c.pp * vpp)
         layers = parts.dense + parts.sparse
         runs = {"interleaved": numbers % c.pp == 0, "dualpipe_v": numbers >= 2 * c.pp}.get(name, numbers > 0)
         capped = np.minimum(numbers, enough(name, c.pp))

@@ -14,7 +14,7 @@ from parallel.layout import Layout
 from parallel.planner.memory import Memory, memory
 from parallel.planner.price import Prices, price
 from parallel.planner.problem import Problem
-from parallel.planner.shape import RECOMPUTE, Candidates, Contents, candidate, contents, joined
+from parallel.planner.shape import RECOMPUTE, Candidates, Contents, candidate, joined
 from parallel.schedules import price as play
 
 
@@ -47,22 +47,22 @@ class Estimate:
 
 def price_candidates(problem: Problem, c: Candidates, parts: Contents | None = None, terms: bool = False) -> Prices:
     """Columns of one schedule, pp and vpp."""
-    parts = parts or contents(problem.model, c.stages)
+    parts = parts or problem.contents(c.stages)
     return price(problem.shape, problem.seq_len, c, parts, problem.machine, problem.constants, terms)
 
 
 def memory_of(problem: Problem, c: Candidates, parts: Contents | None = None) -> Memory:
     """The same of what ranks hold, exactly."""
-    parts = parts or contents(problem.model, c.stages)
+    parts = parts or problem.contents(c.stages)
     return memory(problem.shape, problem.seq_len, c, parts, problem.constants)
 
 
 def evaluate(problem: Problem, layouts: Sequence[Layout]) -> list[Estimate]:
-    """Estimates of `layouts`, which must be legal; those that share schedule, pp, vpp and order are played together."""
+    """Estimates of `layouts`, which must be legal; those that share schedule, pp and vpp are played together."""
     groups: dict[tuple, list[int]] = {}
     for index, layout in enumerate(layouts):
         named = layout.recompute if isinstance(layout.recompute, str) else index
-        key = layout.schedule, layout.pp, layout.vpp, layout.order, layout.stages, named if named == index else 0
+        key = layout.schedule, layout.pp, layout.vpp, layout.stages, named if named == index else 0
         groups.setdefault(key, []).append(index)
     found: dict[int, Estimate] = {}
     for members in groups.values():
@@ -79,8 +79,8 @@ def evaluate(problem: Problem, layouts: Sequence[Layout]) -> list[Estimate]:
             memory_row = Memory(*(getattr(held, f)[row] for f in held.__dataclass_fields__))
             fits = bool(memory_row.total.max() <= problem.machine.memory)
             found[i] = Estimate(
-                layout, float(total[row]), float(bounds[row]), float(makespan[row]), busy[row], prices.row(row),
-                memory_row, fits,
+                layout, float(total[row]), float(bounds[row]), float(makespan[row]), busy[row],
+                prices.rows(np.array([row])), memory_row, fits,
             )  # fmt: skip
     return [found[i] for i in range(len(layouts))]
 
@@ -88,7 +88,7 @@ def evaluate(problem: Problem, layouts: Sequence[Layout]) -> list[Estimate]:
 def _contents(problem: Problem, layout: Layout) -> Contents:
     """What the stages hold, and of a list of recomputed layers the share of each stage."""
     sizes = layout.stages if layout.pp > 1 else None
-    parts = contents(problem.model, layout.pp * layout.vpp if layout.pp > 1 else 1, sizes)
+    parts = problem.contents(layout.pp * layout.vpp if layout.pp > 1 else 1, sizes)
     if isinstance(layout.recompute, str):
         return parts
     return replace(parts, again=_shares(problem, layout, parts))

@@ -26,21 +26,19 @@ ANYWHERE = 2**40
 
 
 def factors(candidates: Candidates, axes: Sequence[str]) -> Factors:
-    """The factors of a group along dense `axes`, by the order in which axes nest.
+    """The factors of a group along one or two dense `axes`, by the order in which axes nest.
 
     Without an order every group lies as near as can be, which no order can better.
     """
     if candidates.order is None:
-        size = 1
-        for axis in axes:
-            size = size * getattr(candidates, axis)
-        return [(size, 1)]
-    stride, found = 1, []
-    for axis in candidates.order:
-        if axis in axes:
-            found.append((getattr(candidates, axis), stride))
-        stride = stride * getattr(candidates, axis)
-    return found
+        return [(math.prod(getattr(candidates, axis) for axis in axes), 1)]
+    parts = [(getattr(candidates, axis), candidates.stride(axis)) for axis in axes]
+    if len(parts) == 1:
+        return parts
+    (size, stride), (other, distance) = parts
+    first = stride < distance
+    inner = np.where(first, size, other), np.where(first, stride, distance)
+    return [inner, (np.where(first, other, size), np.where(first, distance, stride))]
 
 
 def expert_factors(candidates: Candidates, axis: str) -> Factors:
@@ -52,11 +50,7 @@ def expert_factors(candidates: Candidates, axis: str) -> Factors:
     size, stride = (group, 1) if axis == "ep" else (candidates.edp, group)
     if candidates.order is None:
         return [(size, 1)]
-    inside = 1
-    for name in candidates.order:
-        if name == "pp":
-            break
-        inside = inside * getattr(candidates, name)
+    inside = candidates.stride("pp")
     # Members before the other stages of the pipeline come between, as groups may begin anywhere that both sizes allow.
     near = np.where(np.mod(inside, stride) == 0, np.gcd(size, np.maximum(inside // stride, 1)), 1)
     return [(near, stride), (size // near, np.maximum(stride, inside) * candidates.pp)]

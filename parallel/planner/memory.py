@@ -19,6 +19,10 @@ from parallel.planner.shape import KINDS, RECOMPUTE, Candidates, Column, Content
 
 GIB = 2**30
 ANY_NUMBER = 2**62
+EMBEDDING, HEAD = KINDS.index("embedding"), KINDS.index("head")
+LAYERS = [KINDS.index(kind) for kind in ("dense", "sparse")]
+ALONE = np.array([[float(kind != "embedding")] for kind in KINDS])
+"""[kinds, 1]: all but the embedding."""
 
 
 @dataclass(frozen=True)
@@ -180,8 +184,8 @@ class Holding:
         self.saved = self.table({kind: numbers for kind, (numbers, _) in kept.items()})
         self.back = self.table({kind: numbers for kind, (_, numbers) in kept.items()})
         tokens = base.micro_batch * seq_len // base.cp
-        self.logits = self.column(tokens * (shape.vocab // base.tp))
-        self.scores = self.column(tokens * seq_len * (shape.heads / base.tp) * np.asarray(k.score_bytes))
+        self.logits = np.asarray(tokens * (shape.vocab // base.tp), float)[:, None]
+        self.scores = np.asarray(tokens * seq_len * (shape.heads / base.tp) * np.asarray(k.score_bytes))[:, None]
 
     def table(self, per_kind: dict[str, Column]) -> np.ndarray:
         """[N, kinds]"""
@@ -190,44 +194,45 @@ class Holding:
             found[:, KINDS.index(kind)] = value
         return found
 
-    def column(self, value: Column) -> np.ndarray:
-        """[N, 1]"""
-        return np.broadcast_to(np.asarray(value, float), (self.rows,))[:, None]
+    def column(self, value: Column) -> Column:
+        """A number, or [N, 1]."""
+        return value if np.ndim(value) == 0 else np.asarray(value, float)[:, None]
 
-    def memory(self, c: Candidates, parts: Contents, rows: Any = slice(None), exact: bool = False) -> Memory:
-        """Of those `rows` of the base that are `c`, under its schedule, with stages of `parts`.
+    def memory(
+        self, c: Candidates, parts: Contents, rows: Any = slice(None), exact: bool = False,
+        ranks: np.ndarray | None = None,
+    ) -> Memory:  # fmt: skip
+        """Of those `rows` of the base that are `c`, under its schedule, with stages of `parts`: of all pipeline ranks,
+        or of some.
 
         Unless it is to be `exact`, activations are those of one moment (`live`): no more than at the peak.
         """
         k = self.k
-        counts = np.stack([parts.counts(kind) for kind in KINDS], -2).astype(float)  # [kinds, S] or [N, kinds, S]
-        place, _ = places(c.schedule, c.pp, c.stages + 1)
-        on_rank = (place[:, None] == np.arange(c.pp)).astype(float)
-        by_rank = counts @ on_rank
+        counts, by_rank = _by_rank(c, parts)  # [kinds, S] or [N, kinds, S], and by rank
+        by_rank = by_rank if ranks is None else by_rank[..., ranks]
 
-        def column(value: Column) -> np.ndarray:
-            return self.column(value)[rows]
+        def column(value: Column) -> Column:
+            found = self.column(value)
+            return found[rows] if np.ndim(found) else found
 
-        def own(value: Column) -> np.ndarray:
-            return np.broadcast_to(np.asarray(value, float), (len(c),))[:, None]
+        def own(value: Column) -> Column:
+            return value if np.ndim(value) == 0 else value[:, None]
 
         dense, experts = spread(self.dense[rows], by_rank), spread(self.experts[rows], by_rank)
-        ends = (by_rank[..., KINDS.index("embedding"), :] > 0) & (by_rank[..., KINDS.index("head"), :] > 0)
-        shared = np.asarray(self.shape.tied) | (np.asarray(self.shape.further) > 0)
-        dense = dense - ends * column(shared) * self.dense[rows, :1]  # what both ends use is there once
+        ends = (by_rank[..., EMBEDDING, :] > 0) & (by_rank[..., HEAD, :] > 0)
+        dense = dense - ends * column(self.shares_ends) * self.dense[rows, :1]  # what both ends use is there once
         whole = dense + experts
         zero = own(np.where(c.dp * c.cp > 1, c.zero, 0))
         cut = dense / own(c.shards) + experts / own(c.expert_shards)
         pieces = np.where(zero > 0, cut, whole)
         accumulates = (own(c.micro_batches) > 1) | (c.pp > 1) | (zero == 3)
         held = np.where(zero == 3, pieces, whole) * column(k.weight_bytes)
-        gradients = np.where(zero >= 2, pieces, whole) * column(k.gradient_bytes) * accumulates
-        owned = np.where((zero == 1) | (zero == 2), column(k.own_bytes), 0.0)
+        gradients = np.where(zero >= 2, pieces, whole) * (column(k.gradient_bytes) * accumulates)
+        owned = column(k.optimizer_bytes) + np.where((zero == 1) | (zero == 2), column(k.own_bytes), 0.0)
         counted = spread(self.counted[rows], by_rank) / np.where(zero > 0, own(c.shards), 1)
-        optimizer = (pieces - counted) * column(k.optimizer_bytes) + pieces * owned
-        activations, passing = self._activations(c, parts, counts, by_rank, rows, exact)
-        present = np.asarray(by_rank > 0)  # kinds of each rank
-        largest = (present * (self.dense + self.experts)[rows][:, :, None]).max(1) * column(k.weight_bytes)
+        optimizer = pieces * owned - counted * column(k.optimizer_bytes)
+        activations, passing = self._activations(c, parts, counts, by_rank, rows, exact, ranks)
+        largest = _largest((self.dense + self.experts)[rows], by_rank) * column(k.weight_bytes)
         once = np.where(zero == 3, largest, whole * column(k.weight_bytes))
         copies = np.where(own(c.dp * c.cp) > 1, column(k.gradient_copies), np.minimum(column(k.gradient_copies), 1.0))
         passing = passing + np.where(zero == 3, largest, 0.0) + once * copies
@@ -235,36 +240,76 @@ class Holding:
         fixed = GIB * (column(k.reserve) + column(k.buffers) * own(communicators(c))) + column(k.fragments) * allocated
         return Memory(held, gradients, optimizer, activations, passing, fixed)
 
+    @property
+    def shares_ends(self) -> Column:
+        """Whether the embedding and the head use one matrix where they lie on one rank."""
+        return np.asarray(self.shape.tied) | (np.asarray(self.shape.further) > 0)
+
+    def heaviest(self, c: Candidates, parts: Contents) -> np.ndarray:
+        """Pipeline ranks of which, whatever the rest of a layout, one holds the most: no other has as many of every
+        kind of segments, and as many of them in flight."""
+        counts, by_rank = _by_rank(c, parts)
+        numbers = np.unique(np.minimum(c.micro_batches, enough(c.schedule, c.pp)))
+        if np.any(self.shares_ends):
+            by_rank = by_rank * np.where((by_rank[EMBEDDING] > 0) & (by_rank[HEAD] > 0), ALONE, 1)
+        held = np.concatenate([by_rank, *(counts @ live(c.schedule, c.pp, c.vpp, int(m)).T for m in numbers)]).T
+        more = (held[:, None] >= held).all(2)  # [i, j]: i holds no less than j
+        first = np.arange(c.pp)[:, None] < np.arange(c.pp)
+        return np.flatnonzero(~(more & (~more.T | first)).any(0))
+
     def _activations(
-        self, c: Candidates, parts: Contents, counts: np.ndarray, by_rank: np.ndarray, rows: Any, exact: bool
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """(saved, coming and going) bytes of every rank, [N, pp]."""
+        self, c: Candidates, parts: Contents, counts: np.ndarray, by_rank: np.ndarray, rows: Any, exact: bool,
+        ranks: np.ndarray | None,
+    ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+        """(saved, coming and going) bytes of every rank, or of `ranks`."""
         k = self.k
-        item = self.column(k.item_bytes * np.asarray(k.saved))[rows]
-        logits = self.logits[rows]
-        head = KINDS.index("head")
-        stage = spread(self.saved[rows], counts) * item
-        heads = self.column((1 + np.asarray(self.shape.further)) * np.asarray(k.logit_bytes))[rows]
-        stage = stage + counts[..., head, :] * logits * heads
-        scores, again = self.scores[rows], np.broadcast_to(np.asarray(c.recompute) > 0, (len(c),))[:, None]
-        for index, kind in enumerate(("dense", "sparse")):
-            # Of the layers that recompute does not name everything is saved.
-            rest = 0.0 if parts.again is None else 1 - np.asarray(parts.again[index])
-            number = KINDS.index(kind)
-            layers, beside = counts[..., number, :], self.back[rows][:, number, None] * item
-            stage = stage + layers * (rest * beside + np.where(again, rest, 1.0) * scores)
+        item, heads, last = (
+            value[rows] if np.ndim(value) else value
+            for value in (
+                self.column(k.item_bytes * np.asarray(k.saved)),
+                self.column((1 + np.asarray(self.shape.further)) * np.asarray(k.logit_bytes)),
+                self.column(k.logits * np.asarray(k.item_bytes)),
+            )
+        )
+        logits, scores, back = self.logits[rows], self.scores[rows], self.back[rows] * item
+        again = np.asarray(c.recompute) > 0
+        again = again[:, None] if again.ndim else again
+        unit = self.saved[rows] * item  # of one segment and micro-batch
+        unit[:, HEAD] += (logits * heads)[:, 0]
+        unit[:, LAYERS] += np.where(again, 0.0, scores)
+        beside = back.copy()
+        beside[:, LAYERS] += scores * again
         if exact:
+            stage = spread(unit, counts)
+            for index, number in enumerate(LAYERS if parts.again is not None else ()):
+                # Of the layers that recompute does not name everything is saved.
+                rest = 1 - np.asarray(parts.again[index])
+                stage = stage + counts[..., number, :] * rest * (back[:, number, None] + np.where(again, scores, 0.0))
             kept = schedules.peak_live(c.schedule, c.pp, c.vpp, c.micro_batches, stage, stage)
         else:
-            kept = np.empty((len(c), c.pp))
+            kept = np.empty((len(c), by_rank.shape[-1]))
             numbers = np.broadcast_to(np.minimum(c.micro_batches, enough(c.schedule, c.pp)), (len(c),))
             for m in np.unique(numbers):
+                flying = counts @ live(c.schedule, c.pp, c.vpp, int(m)).T
                 same = numbers == m
-                kept[same] = stage[same] @ live(c.schedule, c.pp, c.vpp, int(m)).T
-        beside = self.back[rows] * item + scores * again * np.isin(KINDS, ("dense", "sparse"))
-        back = ((by_rank > 0) * beside[:, :, None]).max(1)
-        last = (by_rank[..., head, :] > 0) * logits * self.column(k.logits * np.asarray(k.item_bytes))[rows]
-        return kept, np.maximum(back, last)
+                kept[same] = unit[same] @ (flying if ranks is None else flying[:, ranks])
+        last = (by_rank[..., HEAD, :] > 0) * (logits * last)
+        return kept, np.maximum(_largest(beside, by_rank), last)
+
+
+def _by_rank(c: Candidates, parts: Contents) -> tuple[np.ndarray, np.ndarray]:
+    """How many of each kind stages, and pipeline ranks, have: [kinds, S] and [kinds, pp], or with N before."""
+    counts = np.stack([parts.counts(kind) for kind in KINDS], -2).astype(float)
+    place, _ = places(c.schedule, c.pp, c.stages + 1)
+    return counts, counts @ (place[:, None] == np.arange(c.pp)).astype(float)
+
+
+def _largest(table: np.ndarray, by_rank: np.ndarray) -> np.ndarray:
+    """Of what each rank has any of, the most by a table [N, kinds]: [N, ranks]."""
+    found = np.zeros((len(table), by_rank.shape[-1]))
+    for kind in range(len(KINDS)):
+        np.maximum(found, (by_rank[..., kind, :] > 0) * table[:, kind, None], out=found)
+    return found
 
 
 def spread(table: np.ndarray, counts: np.ndarray) -> np.ndarray:

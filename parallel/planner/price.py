@@ -74,12 +74,19 @@ class Prices:
         c = self.candidates
         return self.total(lower_bound(c.schedule, c.pp, c.vpp, c.micro_batches, self.times))
 
-    def row(self, row: int) -> Prices:
-        """One layout's."""
+    @property
+    def everything(self) -> np.ndarray:
+        """[N, K]: none of a layout's prices is higher than another's where none of these is."""
+        return np.column_stack(
+            [self.forward, self.input, self.weight, self.transfer, self.traffic + self.update, self.step * self.factor]
+        )
+
+    def rows(self, rows: np.ndarray) -> Prices:
+        """Those of some layouts."""
         names = [name for name in self.__dataclass_fields__ if isinstance(getattr(self, name), np.ndarray)]
-        terms = {name: value[row : row + 1] for name, value in self.terms.items()}
-        own = {name: getattr(self, name)[row : row + 1] for name in names}
-        return replace(self, candidates=self.candidates.take(np.array([row])), terms=terms, **own)
+        terms = {name: value[rows] for name, value in self.terms.items()}
+        own = {name: getattr(self, name)[rows] for name in names}
+        return replace(self, candidates=self.candidates.take(rows), terms=terms, **own)
 
     def total(self, pipeline: np.ndarray) -> np.ndarray:
         """The step whose passes end after `pipeline`."""

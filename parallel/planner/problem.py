@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property, partial
 from typing import Any
 
 from models.checks import check, check_at_least
@@ -14,7 +14,7 @@ from models.config import ModelConfig
 from parallel.layout import Layout
 from parallel.planner.constants import Constants, Fit, constants, tables
 from parallel.planner.machine import Machine, machine
-from parallel.planner.shape import Shape
+from parallel.planner.shape import Contents, Shape, contents
 from parallel.topology import Level, Topology
 
 CHOSEN = (
@@ -71,6 +71,11 @@ class Problem:
     @cached_property
     def shape(self) -> Shape:
         return Shape.of(self.model)
+
+    @cached_property
+    def contents(self) -> Callable[..., Contents]:
+        """`shape.contents` of the model, kept: of a number of stages, and their sizes where they are given."""
+        return cache(partial(contents, self.model))
 
     @cached_property
     def flops_per_token(self) -> int:

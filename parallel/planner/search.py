@@ -19,11 +19,11 @@ import numpy as np
 
 from parallel.layout import ORDER, Layout
 from parallel.planner.bounds import Bounds, coarse_bounds
-from parallel.planner.evaluate import Estimate, evaluate, price_candidates
+from parallel.planner.evaluate import Estimate, evaluate
 from parallel.planner.memory import Holding
 from parallel.planner.price import Pricing
 from parallel.planner.problem import CHOSEN, Problem
-from parallel.planner.shape import Candidates, contents, joined
+from parallel.planner.shape import ORDERS, Candidates, joined
 from parallel.planner.space import Space
 
 CHUNKS = (512, 8192)
@@ -166,9 +166,9 @@ class Search:
 
     def _rank(self, group: Candidates, taken: np.ndarray, pricing: Pricing, holding: Holding) -> None:
         problem, result = self.problem, self.result
-        parts = contents(problem.model, group.stages)
+        parts = problem.contents(group.stages)
         result.ranked += len(group)
-        total = holding.memory(group, parts, taken).total.max(1)
+        total = holding.memory(group, parts, taken, ranks=holding.heaviest(group, parts)).total.max(1)
         fits = total <= problem.machine.memory
         result.fitting += int(fits.sum())
         if not fits.all() and not result.best:
@@ -212,7 +212,7 @@ class Search:
             base = space.fine(pp, rows, wanted)
             holding = Holding(self.problem.shape, self.problem.seq_len, base, self.problem.constants)
             for group, taken in space.scheduled(base):
-                held = holding.memory(group, contents(self.problem.model, group.stages), taken)
+                held = holding.memory(group, self.problem.contents(group.stages), taken)
                 self._keep_nearest(group, held.total.max(1))
 
     def _keep_nearest(self, group: Candidates, total: np.ndarray) -> None:
@@ -223,7 +223,7 @@ class Search:
 
     def _layout(self, group: Candidates, row: int, order: tuple[str, ...]) -> Layout:
         passed = {key: value for key, value in self.problem.fixed.items() if key not in CHOSEN}
-        return replace(group, order=order).layout(row, passed)
+        return group.layout(row, passed, order)
 
     def _orders(self, group: Candidates, row: int) -> list[tuple[str, ...]]:
         """Nestings of the axes that have more than one rank, the usual one first."""
@@ -237,41 +237,56 @@ class Search:
     def _simulate(self) -> None:
         """Place and simulate the rows at the head of the queue."""
         batch: list[Fine] = []
-        limit = self._limit()
+        limit = np.inf if self.exhaustive else self._limit()
         while self._queue and len(batch) < BATCH:
             fine = heapq.heappop(self._queue)
-            if fine.bound < limit or self.exhaustive:
+            if fine.bound < limit:
                 batch.append(fine)
-        placed = [
-            (number, self._layout(batch[number].group, batch[number].row, order))
-            for number, order, bound in self._placed(batch)
-            if bound < limit or self.exhaustive
-        ]
+        if not batch:
+            return
+        placed = list(self._placed(batch, limit))
         best: dict[int, Estimate] = {}
-        for (number, _), estimate in zip(placed, evaluate(self.problem, [layout for _, layout in placed]), strict=True):
+        estimates = evaluate(self.problem, [self._layout(batch[n].group, batch[n].row, order) for n, order in placed])
+        for (number, _), estimate in zip(placed, estimates, strict=True):
             if estimate.fits and (number not in best or estimate.step < best[number].step):
                 best[number] = estimate
         self.result.simulated += len(placed)
         self.result.best += best.values()
 
-    def _placed(self, batch: list[Fine]) -> Iterator[tuple[int, tuple[str, ...], float]]:
-        """(number in the batch, order, bound) of every nesting. Where one is as good as can be, it is the only one."""
-        waiting = {}
+    def _placed(self, batch: list[Fine], limit: float) -> Iterator[tuple[int, tuple[str, ...]]]:
+        """(number in the batch, order) of every nesting that may be below the limit, and of which no other costs less
+        in some passes or messages and no more in any."""
+        problem, numbers, orders = self.problem, [], []
         for number, fine in enumerate(batch):
-            for place, order in enumerate(self._orders(fine.group, fine.row)):
-                waiting.setdefault(place, {}).setdefault(
-                    (fine.group.schedule, fine.group.pp, fine.group.vpp, order), []
-                )
-                waiting[place][fine.group.schedule, fine.group.pp, fine.group.vpp, order].append(number)
-        settled: set[int] = set()
-        for groups in waiting.values():
-            for (*_, order), numbers in groups.items():
-                own = [number for number in numbers if number not in settled]
-                rows = [batch[number].group.take(np.array([batch[number].row])) for number in own]
-                if not rows:
-                    continue
-                bounds = price_candidates(self.problem, replace(joined(rows), order=order)).bound
-                for number, bound in zip(own, bounds.tolist(), strict=True):
-                    if bound <= batch[number].bound * (1 + 1e-9):
-                        settled.add(number)
-                    yield number, order, bound
+            for order in self._orders(fine.group, fine.row):
+                numbers.append(number)
+                orders.append(order)
+        free = joined([fine.group.take(np.array([fine.row])) for fine in batch])
+        base = replace(free.take(np.array(numbers)), order=np.array([ORDERS.index(order) for order in orders]))
+        pricing = Pricing(problem.shape, problem.seq_len, base, problem.machine, problem.constants)
+        groups: dict[tuple, list[int]] = {}
+        for row, number in enumerate(numbers):
+            group = batch[number].group
+            groups.setdefault((group.schedule, group.pp, group.vpp), []).append(row)
+        for (schedule, pp, vpp), rows in groups.items():
+            own = np.array(rows)
+            c = replace(base.take(own), schedule=schedule, pp=pp, vpp=vpp)
+            prices = pricing.prices(c, problem.contents(c.stages), own)
+            kept = _undominated(np.array(numbers)[own], prices.everything)
+            kept = kept[prices.rough[kept] < limit]
+            if len(kept):
+                kept = kept[prices.rows(kept).bound < limit]
+            yield from ((numbers[rows[row]], orders[rows[row]]) for row in kept)
+
+
+def _undominated(owners: np.ndarray, costs: np.ndarray) -> np.ndarray:
+    """Rows of `costs` [N, K], which `owners` [N] in ascending order share, that no other row of their owner's makes
+    needless: by costing no more in anything, and less in something or coming before."""
+    kept = []
+    for owner in np.unique(owners):
+        rows = np.flatnonzero(owners == owner)
+        own = costs[rows]
+        least = (own[:, None] <= own).all(2)  # [i, j]: i costs no more than j
+        needless = least & (~least.T | (rows[:, None] < rows))
+        kept.append(rows[~needless.any(0)])
+    return np.concatenate(kept)

@@ -7,18 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import permutations
 from typing import Any
 
 import numpy as np
 
 from models.config import ModelConfig
 from parallel import schedules
-from parallel.layout import Layout
+from parallel.layout import ORDER, Layout
 
 Column = Any
 """A number, or an array with an entry a layout."""
 
 RECOMPUTE = ("none", "selective", "full")
+ORDERS = tuple(permutations(ORDER))
+"""Nestings of the axes, innermost first; the usual one is the first."""
+_INSIDE = np.array([[[o.index(a) < o.index(b) for a in ORDER] for b in ORDER] for o in ORDERS])
+"""[orders, axes, axes]: whether the second axis lies inside the first."""
 KINDS = ("embedding", "dense", "sparse", "head")
 """What a pipeline stage is made of: the embedding, layers without and with experts, the head."""
 
@@ -82,6 +87,7 @@ class Candidates:
 
     schedule: str
     pp: int
+    """A column in what does not depend on the pipeline's shape (`price.Pricing`)."""
     vpp: int
     dp: Column
     cp: Column
@@ -98,12 +104,19 @@ class Candidates:
     sequence_parallel: Column
     recompute: Column
     """Index into `RECOMPUTE`."""
-    order: tuple[str, ...] | None = ("tp", "cp", "dp", "pp")
-    """Nesting of the axes, innermost first; None: every axis as near as can be, for bounds."""
+    order: Column | None = 0
+    """Index into `ORDERS`; None: every axis as near as can be, for bounds."""
 
     @property
     def stages(self) -> int:
         return self.pp * self.vpp
+
+    def stride(self, axis: str) -> Column:
+        """Ranks from one to its neighbour along a dense axis, as the axes nest."""
+        found, inside = 1, _INSIDE[self.order, ORDER.index(axis)]
+        for index, other in enumerate(ORDER):
+            found = found * np.where(inside[..., index], getattr(self, other), 1)
+        return found
 
     @property
     def edp(self) -> Column:
@@ -124,8 +137,8 @@ class Candidates:
         columns = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{name: c[rows] for name, c in columns.items() if isinstance(c, np.ndarray)})
 
-    def layout(self, row: int, base: Mapping[str, Any]) -> Layout:
-        """The layout of one row; `base` has the keys that the planner does not choose."""
+    def layout(self, row: int, base: Mapping[str, Any], order: tuple[str, ...]) -> Layout:
+        """The layout of one row, nested in an `order`; `base` has the keys that the planner does not choose."""
         cp, ulysses = int(self.cp[row]), int(self.ulysses[row])
         method = "ring" if ulysses == 1 else "ulysses" if ulysses == cp else "hybrid"
         given = {name: int(getattr(self, name)[row]) for name in ("dp", "cp", "tp", "ep", "etp", "zero", "micro_batch")}
@@ -143,7 +156,7 @@ class Candidates:
                 "zero_group": None if whole else group,
                 "sequence_parallel": bool(self.sequence_parallel[row]),
                 "recompute": RECOMPUTE[int(self.recompute[row])],
-                "order": self.order,
+                "order": order,
             }
         )
 
@@ -165,16 +178,21 @@ def candidate(layout: Layout, global_batch: int) -> Candidates:
         "micro_batches": layout.check_batch(global_batch),
         "sequence_parallel": layout.sequence_parallel and layout.tp > 1,
         "recompute": RECOMPUTE.index(name),
+        "order": ORDERS.index(layout.order),
     }
     columns = {name: np.array([number]) for name, number in numbers.items()}
     schedule, vpp = (layout.schedule, layout.vpp) if layout.pp > 1 else ("1f1b", 1)
-    return Candidates(schedule, layout.pp, vpp, order=layout.order, **columns)
+    return Candidates(schedule, layout.pp, vpp, **columns)
 
 
 def joined(rows: Sequence[Candidates]) -> Candidates:
-    """Columns one behind the other, of one schedule, pp, vpp and order."""
+    """Columns one behind the other, of one schedule, pp and vpp; or, for what does not depend on these, pp as a column
+    too."""
     names = [name for name, value in vars(rows[0]).items() if isinstance(value, np.ndarray)]
-    return replace(rows[0], **{name: np.concatenate([getattr(row, name) for row in rows]) for name in names})
+    columns = {name: np.concatenate([getattr(row, name) for row in rows]) for name in names}
+    if any(row.pp != rows[0].pp for row in rows):
+        columns["pp"] = np.repeat([row.pp for row in rows], [len(row) for row in rows])
+    return replace(rows[0], **columns)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import pytest
 from problems import dense, machine, problem, sparse
 
 from models.checks import ConfigError
-from parallel.layout import Layout
+from parallel.layout import ORDER, Layout
 from parallel.planner import Plan, Search, evaluate
 from parallel.planner.bounds import coarse_bounds
 from parallel.planner.explain import break_even, difference, lost_by, scaled, sensitivity, verdict
@@ -53,7 +53,7 @@ def test_no_layout_beats_the_bounds_of_its_rows(name):
             bound = pricing.prices(group, parts, taken).bound
             held = holding.memory(group, parts, taken).total.max(1)
             for row in range(0, len(group), 5):
-                layout = replace(group, order=("tp", "cp", "dp", "pp")).layout(row, {})
+                layout = group.layout(row, {}, ORDER)
                 estimate = evaluate(question, [layout])[0]
                 zero, code = space.zeros.index(layout.zero), int(group.recompute[row])
                 place = keys[tuple(int(getattr(group, n)[row]) for n in names)]

@@ -8,7 +8,7 @@ import pytest
 from problems import dense, problem, sparse
 
 from models.checks import ConfigError
-from parallel.layout import Layout
+from parallel.layout import ORDER, Layout
 from parallel.planner.space import Space, divisors
 
 RANKS, BATCH, SEQ_LEN = 4, 8, 64
@@ -27,7 +27,7 @@ def key(layout: Layout) -> tuple:
 def found(question) -> set[tuple]:
     space = Space(question)
     keys = [
-        key(group.__class__(**vars(group) | {"order": ("tp", "cp", "dp", "pp")}).layout(row, {}))
+        key(group.layout(row, {}, ORDER))
         for pp, rows in space.coarse()
         for group, _ in space.scheduled(space.fine(pp, rows))
         for row in range(len(group))
