@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from parallel.planner.constants import Constants
-from parallel.planner.machine import Factors, Machine
+from parallel.planner.machine import ANYWHERE, Factors, Machine
 from parallel.planner.shape import Column
 
 
@@ -49,6 +49,8 @@ ALGORITHMS: Mapping[str, Algorithm] = {
 }
 """By the name that `HCCL_ALGO` knows; NB costs what NHR does."""
 
+ALIKE = 256
+"""Layouts from which on it is worth while to look for those that lie alike."""
 INSIDE, BETWEEN = ("mesh", "ring"), ("NHR", "ring", "H-D_R")
 """What may run inside a server (level 0), and between servers or supernodes (levels 1 and 2)."""
 
@@ -77,7 +79,23 @@ class Network:
         return INSIDE if level <= self.server else BETWEEN
 
     def group(self, factors: Factors) -> Group:
-        """Of ranks that lie as `factors` say.
+        """Of ranks that lie as `factors` say. Layouts of which many lie alike are priced once."""
+        columns = [np.asarray(column) for factor in factors for column in factor]
+        if len(factors) > 1 or max(column.size for column in columns) < ALIKE:
+            return self._group(factors)
+        size, stride = columns
+        if stride.ndim:
+            size, stride = np.broadcast_arrays(size, stride)
+            keys, alike = np.unique(size * ANYWHERE + stride, return_inverse=True)
+            size, stride = keys // ANYWHERE, keys % ANYWHERE
+        else:
+            there = np.bincount(size) > 0
+            size, alike = np.flatnonzero(there), (np.cumsum(there) - 1)[size]
+        found = self._group([(size, stride)])
+        return Group(*(np.broadcast_to(column, len(size))[alike] for column in found))
+
+    def _group(self, factors: Factors) -> Group:
+        """One of each.
 
         What goes in an all-to-all to ranks that meet first at a level crosses it; levels of one plane share its
         injection, planes run side by side.

@@ -21,7 +21,7 @@ from parallel.topology import Level, Topology
 Factors = Sequence[tuple[Column, Column]]
 """(size, stride) of the parts of a group, innermost first."""
 
-ANYWHERE = 2**40
+ANYWHERE = 2**32
 """Ranks in a block that holds as many as there are."""
 
 

@@ -6,7 +6,8 @@ keep other numbers of bytes of the same tensors.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -120,25 +121,17 @@ def live(schedule: str, pp: int, vpp: int, micro_batches: int) -> np.ndarray:
 
     Where a rank's stages weigh differently it may hold more at another moment, never less.
     """
-    if schedule in ("gpipe", "1f1b", "interleaved") or pp == 1:
-        rank = np.arange(pp)[:, None]
-        chunk, place = divmod(np.arange(pp * vpp), pp)
-        turn = pp if schedule == "interleaved" else 1  # micro-batches that pass one chunk before the next
-        warm_up = {"gpipe": micro_batches, "interleaved": 2 * (pp - rank - 1) + (vpp - 1) * pp}
-        forwards = np.minimum(warm_up.get(schedule, pp - rank - 1) + 1, micro_batches * vpp)
-        rounds, rest = np.divmod(forwards, turn * vpp)
-        return np.where(place == rank, rounds * turn + np.clip(rest - chunk * turn, 0, turn), 0).astype(float)
-    found, plan = np.zeros((pp, pp * vpp)), schedules.make(schedule, pp, vpp, micro_batches)
-    for rank, actions in enumerate(plan.actions):
-        held, most = [0] * plan.stages, 0
-        for kind, _, stage in actions:
-            if kind == schedules.FORWARD:
-                held[stage] += 1
-                if sum(held) > most:
-                    most, found[rank] = sum(held), held
-            elif kind != schedules.INPUT:
-                held[stage] -= 1
-    return found
+    rank = np.arange(pp)[:, None]
+    chunk, place = divmod(np.arange(pp * vpp), pp)
+    if schedule in schedules.V_SHAPED:
+        down = 2 * pp - rank - (schedule == "zb_v")
+        most = np.where(chunk == 0, down, rank + 1)
+        return np.where(np.where(chunk == 0, place, pp - 1 - place) == rank, np.minimum(most, micro_batches), 0.0)
+    turn = pp if schedule == "interleaved" else 1  # micro-batches that pass one chunk before the next
+    warm_up = {"gpipe": micro_batches, "zb_h1": pp - 1, "interleaved": 2 * (pp - rank - 1) + (vpp - 1) * pp}
+    forwards = np.minimum(warm_up.get(schedule, pp - rank - 1) + 1, micro_batches * vpp)
+    rounds, rest = np.divmod(forwards, turn * vpp)
+    return np.where(place == rank, rounds * turn + np.clip(rest - chunk * turn, 0, turn), 0).astype(float)
 
 
 @dataclass(frozen=True)
@@ -177,15 +170,26 @@ class Holding:
 
     def __init__(self, shape: Shape, seq_len: Column, base: Candidates, k: Constants) -> None:
         self.shape, self.k, self.rows = shape, k, len(base)
-        held, kept = weights(shape, base), saved(shape, seq_len, base)
+        self.seq_len, self.base = seq_len, base
+        held = weights(shape, base)
         self.dense = self.table({kind: w.dense for kind, w in held.items()})
         self.experts = self.table({kind: w.experts for kind, w in held.items()})
         self.counted = self.table({kind: w.counted for kind, w in held.items()})
-        self.saved = self.table({kind: numbers for kind, (numbers, _) in kept.items()})
-        self.back = self.table({kind: numbers for kind, (_, numbers) in kept.items()})
+        self._keep(base)
         tokens = base.micro_batch * seq_len // base.cp
         self.logits = np.asarray(tokens * (shape.vocab // base.tp), float)[:, None]
         self.scores = np.asarray(tokens * seq_len * (shape.heads / base.tp) * np.asarray(k.score_bytes))[:, None]
+
+    def _keep(self, base: Candidates) -> None:
+        kept = saved(self.shape, self.seq_len, base)
+        self.saved = self.table({kind: numbers for kind, (numbers, _) in kept.items()})
+        self.back = self.table({kind: numbers for kind, (_, numbers) in kept.items()})
+
+    def under(self, code: int) -> Holding:
+        """The same under another recompute (index into `RECOMPUTE`)."""
+        found = copy(self)
+        found._keep(replace(self.base, recompute=np.asarray(code)))
+        return found
 
     def table(self, per_kind: dict[str, Column]) -> np.ndarray:
         """[N, kinds]"""

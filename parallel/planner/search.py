@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from parallel.layout import ORDER, Layout
-from parallel.planner.bounds import Bounds, coarse_bounds
+from parallel.planner.bounds import Bounds, coarse_bounds, first_rank
 from parallel.planner.evaluate import Estimate, evaluate
 from parallel.planner.memory import Holding
 from parallel.planner.price import Pricing
@@ -161,7 +161,8 @@ class Search:
             if last:
                 yield base, pricing, holding
                 return
-            bounds = Bounds(space, base, pricing, holding).seconds()
+            bounds = Bounds(space, base, pricing, holding, first_rank(space, base.pp, base.micro_batches))
+            bounds = bounds.seconds(bounds.sharding(base.zero), bounds.recomputing(base.recompute, holding))
             base = base.take(np.flatnonzero(bounds < (np.inf if self.exhaustive else self._limit())))
 
     def _rank(self, group: Candidates, taken: np.ndarray, pricing: Pricing, holding: Holding) -> None:

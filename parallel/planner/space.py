@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import product
 from typing import Any
 
@@ -25,6 +26,7 @@ COLUMNS = (
 )  # fmt: skip
 
 
+@cache
 def divisors(number: int) -> list[int]:
     """In ascending order."""
     small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
@@ -66,7 +68,8 @@ class Space:
                 for cp in self._values("cp", divisors(problem.ranks // pp // tp)):
                     dp = problem.ranks // pp // tp // cp
                     if self._values("dp", [dp]) and problem.global_batch % dp == 0:
-                        parts += [self._cut(tp, cp, dp, ulysses) for ulysses in self._ulysses(tp, cp)]
+                        rows, inside = self._cut(tp, cp, dp), self._ulysses(tp, cp)
+                        parts += [rows | {"ulysses": np.full_like(rows["tp"], size)} for size in inside]
             parts = [part for part in parts if len(part["tp"])]
             if parts:
                 yield pp, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -97,7 +100,7 @@ class Space:
                 found.append(inside)
         return found
 
-    def _cut(self, tp: int, cp: int, dp: int, ulysses: int) -> dict[str, np.ndarray]:
+    def _cut(self, tp: int, cp: int, dp: int) -> dict[str, np.ndarray]:
         """Experts' axes, micro-batches and sequence parallelism of one cut of the dense layers.
 
         Experts are cut in themselves (etp) only where no more ranks can have whole ones: that holds and computes as
@@ -126,7 +129,7 @@ class Space:
         found = {
             name: column[legal] for name, column in zip(names, (ep[pair], etp[pair], b, batch // b, sp), strict=True)
         }
-        fixed = {"dp": dp, "cp": cp, "ulysses": ulysses, "tp": tp}
+        fixed = {"dp": dp, "cp": cp, "tp": tp}
         return found | {name: np.full(int(legal.sum()), value, np.int64) for name, value in fixed.items()}
 
     def pipelines(self, pp: int) -> list[tuple[str, int]]:
