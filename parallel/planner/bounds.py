@@ -14,11 +14,12 @@ from typing import NamedTuple
 import numpy as np
 
 from parallel.planner.compute import Passes
-from parallel.planner.memory import GIB, LAYERS, Holding, communicators, enough, live
+from parallel.planner.memory import ALONE, EMBEDDING, GIB, HEAD, LAYERS, Holding, communicators, enough, largest, live
 from parallel.planner.price import Pricing
+from parallel.planner.problem import Problem
 from parallel.planner.shape import KINDS, RECOMPUTE, Candidates, Column, places
-from parallel.planner.space import Space
-from parallel.schedules import V_SHAPED
+from parallel.planner.space import Space, runs
+from parallel.schedules import SPLIT
 
 CHUNK = 8192
 """Rows that are bounded together: enough to outweigh a call, few enough for the cache."""
@@ -26,7 +27,7 @@ CHUNK = 8192
 
 def coarse_bounds(space: Space, pp: int, rows: dict[str, np.ndarray]) -> np.ndarray:
     """[zeros, codes, N] seconds of a step of coarse rows (`Space.coarse`) with each ZeRO stage and recompute of the
-    space; infinite where it does not fit."""
+    space, under any schedule; infinite where it does not fit."""
     problem = space.problem
     whole = rows["dp"] * rows["cp"]
     found = np.full((len(space.zeros), len(space.codes), len(whole)), np.inf)
@@ -36,118 +37,184 @@ def coarse_bounds(space: Space, pp: int, rows: dict[str, np.ndarray]) -> np.ndar
         own = {name: column[part] for name, column in rows.items()}
         nothing = np.zeros_like(own["tp"])
         c = Candidates("1f1b", pp, 1, order=None, **own, zero=nothing + 1, shards=whole[part], recompute=nothing)
-        pricing = Pricing(problem.shape, problem.seq_len, c, problem.machine, problem.constants)
-        holding = Holding(problem.shape, problem.seq_len, c, problem.constants)
-        bounds = Bounds(space, c, pricing, holding, (layers, flying[part]))
-        recomputed = [bounds.recomputing(code, holding.under(code)) for code in space.codes]
+        bounds = Bounds(space, c)
+        recomputed = [bounds.recomputing(code, bounds.holding.under(code)) for code in space.codes]
+        pipelines = [bounds.pipeline(each) for each in recomputed]
         for row, zero in enumerate(space.zeros):
             legal, sharded = (whole[part] > 1) | (zero == 0) | ("zero" in problem.fixed), bounds.sharding(zero)
             for column, each in enumerate(recomputed):
-                found[row, column, part] = np.where(legal, bounds.seconds(sharded, each), np.inf)
+                held = bounds.held(sharded, each, layers, flying[part])
+                seconds = pipelines[column] + bounds.behind(sharded, each)
+                found[row, column, part] = np.where(legal & bounds.fits(held), seconds, np.inf)
     return found
 
 
 class Recomputed(NamedTuple):
-    """What a recompute makes of rows: seconds and bytes, [N] each."""
+    """What a recompute makes of rows: arrays [kinds, N] of one segment of each kind."""
 
     backward: np.ndarray
-    """Of a micro-batch, on a rank that has what ranks have on average."""
-    pipeline: np.ndarray
-    """All passes of the rank that has most, behind the forwards of the first micro-batch before it."""
-    held: np.ndarray
-    """Of a micro-batch, and what comes and goes, on average."""
-    smallest: np.ndarray
-    """What a micro-batch leaves of the smallest layer."""
+    """Seconds of a micro-batch."""
+    left: np.ndarray
+    """Bytes that a micro-batch leaves."""
+    coming: np.ndarray
+    """[N] bytes that come and go on average."""
 
 
 class Sharded(NamedTuple):
-    """What a ZeRO stage makes of rows: seconds and bytes, [N] each."""
+    """What a ZeRO stage makes of rows, [N] unless said."""
 
     update: np.ndarray
-    """The optimizer, and what every step takes beside."""
+    """Seconds of the optimizer, and of what every step takes beside."""
     gradients: np.ndarray
-    """An all-reduce of them, or what of it is not inside shard groups."""
-    held: np.ndarray
-    """Weights, gradients and the optimizer's state of a rank that has what ranks have on average."""
-    first: np.ndarray
-    """Those of the first rank's layers."""
-    largest: np.ndarray
-    """The largest segment, where it is gathered and there is one rank that has it."""
+    """Seconds of their all-reduce, or of what of it is not inside shard groups."""
+    state: np.ndarray
+    """[kinds, N] bytes of weights, gradients and the optimizer's state, and of a micro-batch's gradients beside."""
+    gathered: np.ndarray
+    """Bytes that a rank gathers of its largest segment, for each of its elements."""
+
+
+class Load(NamedTuple):
+    """What each rank of a pipeline holds of a model."""
+
+    own: np.ndarray
+    """[pp, kinds] segments."""
+    before: np.ndarray
+    """[pp, kinds]: those of the stages that the first micro-batch goes through before."""
+
+    def slowest(self, split: bool, m: np.ndarray, forward: np.ndarray, backward: np.ndarray, weight: np.ndarray):
+        """[N] seconds of the rank that is done last, by seconds [kinds, N] of one segment: all passes, behind the
+        forwards of the first micro-batch before it, and before the backwards of the last. Of backwards that are
+        `split` the weights' halves may come behind."""
+        _, last = np.unique(self.own[::-1], axis=0, return_index=True)  # of ranks that hold the same, the last
+        own, before = self.own[::-1][last], self.before[::-1][last]
+        if not split:
+            return ((own * 1.0) @ (forward + backward) * m + before @ (forward + backward)).max(0)
+        inputs = forward + backward - weight
+        ends = own @ inputs * m + before @ inputs
+        return np.maximum(ends, own @ (forward + backward) * m + before @ forward).max(0)
+
+
+def load(problem: Problem, name: str, pp: int, vpp: int) -> Load:
+    """Of a schedule."""
+    parts = problem.contents(pp * vpp)
+    counts = np.stack([parts.counts(kind) for kind in KINDS], -1)
+    place, _ = places(name, pp, pp * vpp + 1)
+    return Load((place[:, None] == np.arange(pp)).T @ counts, np.cumsum(counts[:pp], 0) - counts[:pp])
 
 
 class Bounds:
-    """Bounds of columns without a schedule. `pricing` and `holding` are of the same cuts of the model, with the shard
-    groups that `c` has for a ZeRO stage above 0; `first` is of their micro-batches."""
+    """Bounds of columns whose schedule is open. Of their ZeRO stage only `sharding` knows: shard groups are those that
+    they have for a stage above 0."""
 
-    def __init__(
-        self, space: Space, c: Candidates, pricing: Pricing, holding: Holding, first: tuple[float, np.ndarray]
-    ) -> None:  # fmt: skip
-        self.c, self.pricing, self.holding = c, pricing, holding
-        self.k, self.problem = space.problem.constants, space.problem
-        one = self.problem.contents(1)
+    def __init__(self, space: Space, c: Candidates) -> None:
+        problem = space.problem
+        self.c, self.space, self.problem, self.k = c, space, problem, problem.constants
+        self.pricing = Pricing(problem.shape, problem.seq_len, c, problem.machine, problem.constants)
+        self.holding = Holding(problem.shape, problem.seq_len, c, problem.constants)
+        one = problem.contents(1)
         self.counts = np.array([one.counts(kind)[0] for kind in KINDS])
         self.share = self.counts / c.pp
+        # A matrix that both ends use is there once where they lie on one rank.
+        self.stored = self.share * np.where(self.holding.shares_ends, ALONE[:, 0], 1.0)
         self.used = [i for i in LAYERS if self.counts[i]]
         self.several = np.asarray(c.dp * c.cp > 1)
         self.copies = np.where(self.several, self.k.gradient_copies, min(self.k.gradient_copies, 1.0))
-        self.loads = loads(space, c.pp)
-        self.layers, self.flying = first
-
-    def seconds(self, sharded: Sharded, recomputed: Recomputed) -> np.ndarray:
-        """[N] of a step; infinite where it does not fit."""
-        # Gradients that nothing hides; what travels in shard groups, which may be near, costs nothing here.
-        gradients = sharded.gradients
-        exposed = np.maximum(gradients - recomputed.backward, gradients * (1 - self.k.hide_dp))
-        least = recomputed.pipeline + exposed + sharded.update
-        held = np.maximum(sharded.held + recomputed.held, sharded.first + self.flying * recomputed.smallest)
-        if self.c.pp == 1:
-            held = held + sharded.largest
-        held = held * (1 + self.k.fragments) + self.fixed
-        return np.where(held <= self.problem.machine.memory, least, np.inf)
 
     def sharding(self, zero: Column) -> Sharded:
         """What depends on the ZeRO stage, a number or a column."""
-        k = self.k
+        k, c = self.k, self.c
         zero = np.where(self.several, zero, 0)
+        sizes, counted = self.sizes, self.holding.counted.T
+        pieces = np.where(zero > 0, self.pieces, sizes)
         moved = 2 * (k.optimizer_bytes + k.own_bytes) + k.gradient_bytes + k.weight_bytes
-        sizes, pieces, _ = self.mean
-        update = np.where(zero > 0, pieces, sizes) * k.optimizer * moved
+        update = self.share @ pieces * k.optimizer * moved
         times = np.where(zero == 0, 1.0, np.where(zero == 1, 0.5, 0.0))
-        widest = self.widest * k.weight_bytes * (1 + self.copies) if self.c.pp == 1 else 0.0
+        accumulates = (c.micro_batches > 1) | (c.pp > 1) | (zero == 3)
+        owned = k.optimizer_bytes + np.where((zero == 1) | (zero == 2), k.own_bytes, 0.0)
+        owned = owned + np.where(zero == 3, k.weight_bytes, 0.0) + (zero >= 2) * accumulates * k.gradient_bytes
+        whole = k.weight_bytes * (1 + self.copies) + (zero < 2) * accumulates * k.gradient_bytes
+        shards = np.where(zero > 0, np.maximum(c.shards, 1), 1)
+        state = np.where(zero == 3, 0.0, whole) * sizes + pieces * owned - counted * (k.optimizer_bytes / shards)
         return Sharded(
             update / (self.problem.machine.memory_bandwidth * k.memory) + k.step,
             times * k.gradient_bytes * self.reduced,
-            self._state(zero, self.mean),
-            self.layers * self._state(zero, self.smallest),
-            np.where(zero == 3, widest, 0.0),
+            state,
+            np.where(zero == 3, k.weight_bytes * (1 + self.copies), 0.0),
         )
 
     def recomputing(self, code: Column, holding: Holding) -> Recomputed:
         """What depends on recompute, a number or a column; `holding` is under it."""
-        k, item = self.k, self.k.item_bytes * self.k.saved
-        logits = holding.logits[:, 0] * (1 + np.asarray(self.problem.shape.further)) * k.logit_bytes / self.c.pp
-        coming = np.maximum(holding.logits[:, 0] * k.logits * k.item_bytes, _least(holding.back, self.used) * item)
-        return Recomputed(
-            *self._pipeline(code),
-            holding.saved @ self.share * item + logits + coming / self.c.pp,
-            _least(holding.saved, self.used) * item,
-        )
-
-    def _pipeline(self, code: Column) -> tuple[np.ndarray, np.ndarray]:
-        base, m = self.pricing, self.c.micro_batches
+        k, base = self.k, self.pricing
         backward = (base.input + base.weight).T.copy()
         for i in self.used:
-            backward[i] += self.again(base.passes[KINDS[i]], code)
-        forward = base.forward.T
-        passes = forward + backward
-        # Of each division into stages, the rank that takes longest; of these divisions the one that takes least.
-        slowest = [(m * (own @ passes) + before @ forward).max(0) for own, before in self.loads]
-        return self.share @ backward, np.min(slowest, 0) * (1 - 1e-12)
+            backward[i] += _again(base.passes[KINDS[i]], code)
+        back = _least(holding.back.T, self.used) * (k.item_bytes * k.saved)
+        coming = np.maximum(holding.logits[:, 0] * k.logits * k.item_bytes, back) / self.c.pp
+        return Recomputed(backward, holding.unit.T, coming)
 
-    @staticmethod
-    def again(passes: Passes, code: Column) -> Column:
-        full, selective = (np.asarray(code) == RECOMPUTE.index(name) for name in ("full", "selective"))
-        return np.where(full, passes.forward.total, np.where(selective, passes.core, 0.0))
+    def pipeline(self, recomputed: Recomputed) -> np.ndarray:
+        """[N] seconds of the passes of a step, under the schedule that takes least."""
+        ways: dict[tuple, bool] = {}
+        for name, vpp in self.space.pipelines(self.c.pp):
+            key = places(name, self.c.pp, self.c.pp * vpp + 1)[0].tobytes()
+            ways[key] = (name, vpp, name in SPLIT or ways.get(key, (name, vpp, False))[2])
+        return np.min([self._slowest(*way, recomputed) for way in ways.values()], 0)
+
+    def _slowest(self, name: str, vpp: int, split: bool, recomputed: Recomputed) -> np.ndarray:
+        base, found = self.pricing, load(self.problem, name, self.c.pp, vpp)
+        times = base.forward.T, recomputed.backward, base.weight.T
+        return found.slowest(split, self.c.micro_batches, *times) * (1 - 1e-12)
+
+    def behind(self, sharded: Sharded, recomputed: Recomputed) -> np.ndarray:
+        """[N] seconds behind the pipeline: gradients that nothing hides, and the optimizer. What travels in shard
+        groups, which may be near, costs nothing here."""
+        gradients = sharded.gradients
+        exposed = np.maximum(gradients - self.share @ recomputed.backward, gradients * (1 - self.k.hide_dp))
+        return exposed + sharded.update
+
+    def held(self, sharded: Sharded, recomputed: Recomputed, layers: float, flying: np.ndarray) -> np.ndarray:
+        """[N] bytes of the fullest rank under any schedule; the first has so many `layers`, and so many of them times
+        micro-batches in flight."""
+        mean = self.stored @ sharded.state + self.share @ recomputed.left + recomputed.coming
+        first = layers * _least(sharded.state, self.used) + flying * _least(recomputed.left, self.used)
+        found = np.maximum(mean, first)
+        if self.c.pp == 1:
+            found = found + self.sizes[self.counts > 0].max(0) * sharded.gathered
+        return found
+
+    def scheduled(self, name: str, vpp: int, sharded: Sharded, recomputed: Recomputed) -> np.ndarray:
+        """[N] seconds of a step under one schedule; infinite where it cannot run or does not fit."""
+        c = replace(self.c, schedule=name, vpp=vpp)
+        found, legal = np.full(len(c), np.inf), runs(name, c.pp, c.micro_batches)
+        if not legal.any():
+            return found
+        parts, own = self.problem.contents(c.stages), load(self.problem, name, c.pp, vpp).own
+        ranks = self.holding.heaviest(c.take(legal), parts)
+        own = own[ranks]
+        stored = own.copy()
+        if self.holding.shares_ends:
+            stored[:, EMBEDDING] *= (own[:, EMBEDDING] == 0) | (own[:, HEAD] == 0)
+        held = stored @ sharded.state
+        counts = np.stack([parts.counts(kind) for kind in KINDS], -1)
+        numbers = np.minimum(c.micro_batches, enough(name, c.pp))
+        for m in np.unique(numbers[legal]):
+            same = numbers == m
+            held[:, same] += live(name, c.pp, vpp, int(m))[ranks] @ counts @ recomputed.left[:, same]
+        if np.any(sharded.gathered):
+            held = held + largest(self.sizes.T, own.T).T * sharded.gathered
+        fits = legal & self.fits(held.max(0))
+        if fits.any():
+            seconds = self._slowest(name, vpp, name in SPLIT, recomputed) + self.behind(sharded, recomputed)
+            found[fits] = seconds[fits]
+        return found
+
+    def fits(self, held: np.ndarray) -> np.ndarray:
+        """[N]: whether so many bytes do, with what every rank takes."""
+        return held * (1 + self.k.fragments) + self.fixed <= self.problem.machine.memory
+
+    @cached_property
+    def fixed(self) -> np.ndarray:
+        return GIB * (self.k.reserve + self.k.buffers * communicators(replace(self.c, zero=0)))
 
     @cached_property
     def reduced(self) -> np.ndarray:
@@ -155,67 +222,24 @@ class Bounds:
 
     @cached_property
     def sizes(self) -> np.ndarray:
-        """[N, kinds]: a segment's weights."""
-        return self.pricing.elements + self.pricing.experts
+        """[kinds, N]: a segment's weights."""
+        return (self.pricing.elements + self.pricing.experts).T
 
     @cached_property
     def pieces(self) -> np.ndarray:
-        """[N, kinds]: of a segment's weights, what one rank updates under ZeRO."""
-        shards, experts = (np.maximum(column, 1)[:, None] for column in (self.c.shards, self.c.expert_shards))
-        return self.pricing.elements / shards + self.pricing.experts / experts
+        """[kinds, N]: of a segment's weights, what one rank updates under ZeRO."""
+        shards, experts = (np.maximum(column, 1) for column in (self.c.shards, self.c.expert_shards))
+        return self.pricing.elements.T / shards + self.pricing.experts.T / experts
 
-    @cached_property
-    def fixed(self) -> np.ndarray:
-        return GIB * (self.k.reserve + self.k.buffers * communicators(replace(self.c, zero=0)))
 
-    @cached_property
-    def widest(self) -> np.ndarray:
-        return self.sizes[:, self.counts > 0].max(1)
-
-    @cached_property
-    def mean(self) -> tuple[np.ndarray, ...]:
-        return tuple(table @ self.share for table in (self.sizes, self.pieces, self.holding.counted))
-
-    @cached_property
-    def smallest(self) -> tuple[np.ndarray, ...]:
-        sizes, pieces = (_least(table, self.used) for table in (self.sizes, self.pieces))
-        return sizes, pieces, self.holding.counted[:, self.used].max(1)
-
-    def _state(self, zero: Column, tables: tuple[np.ndarray, ...]) -> np.ndarray:
-        """[N] bytes of weights, gradients and the optimizer's state, and of a micro-batch's gradients beside."""
-        k = self.k
-        sizes, pieces, counted = tables
-        own = np.where(zero > 0, pieces, sizes)
-        whole = np.where(zero == 3, 0.0, sizes) * k.weight_bytes * (1 + self.copies)  # and the gradients beside
-        summed = np.where(zero >= 2, k.gradient_bytes, 0.0)  # none where the step is one graph
-        owned = k.optimizer_bytes + np.where((zero == 1) | (zero == 2), k.own_bytes, 0.0)
-        owned = owned + summed + np.where(zero == 3, k.weight_bytes, 0.0)
-        shards = np.where(zero > 0, np.maximum(self.c.shards, 1), 1)
-        return whole + own * owned - counted / shards * k.optimizer_bytes
+def _again(passes: Passes, code: Column) -> Column:
+    full, selective = (np.asarray(code) == RECOMPUTE.index(name) for name in ("full", "selective"))
+    return np.where(full, passes.forward.total, np.where(selective, passes.core, 0.0))
 
 
 def _least(table: np.ndarray, kinds: list[int]) -> np.ndarray:
-    """[N, kinds], the least of some kinds: [N]."""
-    found = table[:, kinds[0]]
-    for kind in kinds[1:]:
-        found = np.minimum(found, table[:, kind])
-    return found
-
-
-def loads(space: Space, pp: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Of every division of the model into the stages of `pp` ranks: what ranks hold, and what stages before them hold
-    that the first micro-batch goes through, [ranks, kinds] each. Of ranks that hold the same, the last is there alone.
-    """
-    found = []
-    for folded, vpp in dict.fromkeys((name in V_SHAPED, vpp) for name, vpp in space.pipelines(pp)):
-        counts = np.stack([space.problem.contents(pp * vpp).counts(kind) for kind in KINDS], -1)
-        place, _ = places(V_SHAPED[0] if folded else "1f1b", pp, pp * vpp + 1)
-        own = (place[:, None] == np.arange(pp)).T @ counts
-        before = np.cumsum(counts[:pp], 0) - counts[:pp]
-        _, last = np.unique(own[::-1], axis=0, return_index=True)
-        last = pp - 1 - last
-        found.append((own[last], before[last]))
-    return found
+    """[kinds, N], the least of some kinds: [N]."""
+    return table[kinds].min(0)
 
 
 def first_rank(space: Space, pp: int, micro_batches: np.ndarray) -> tuple[float, np.ndarray]:
@@ -225,11 +249,10 @@ def first_rank(space: Space, pp: int, micro_batches: np.ndarray) -> tuple[float,
     flying, held = np.full(len(numbers), np.inf), np.inf
     for name, vpp in space.pipelines(pp):
         parts = space.problem.contents(pp * vpp)
-        layers = parts.dense + parts.sparse
-        runs = {"interleaved": numbers % pp == 0, "dualpipe_v": numbers >= 2 * pp}.get(name, numbers > 0)
+        layers, legal = parts.dense + parts.sparse, runs(name, pp, numbers)
         capped = np.minimum(numbers, enough(name, pp))
-        for m in np.unique(capped[runs]).tolist():
-            table, those = live(name, pp, vpp, m)[0], runs & (capped == m)
+        for m in np.unique(capped[legal]).tolist():
+            table, those = live(name, pp, vpp, m)[0], legal & (capped == m)
             flying[those] = np.minimum(flying[those], float(table @ layers))
             held = min(held, float((table > 0) @ layers))
     return held, flying[where]

@@ -175,15 +175,21 @@ class Holding:
         self.dense = self.table({kind: w.dense for kind, w in held.items()})
         self.experts = self.table({kind: w.experts for kind, w in held.items()})
         self.counted = self.table({kind: w.counted for kind, w in held.items()})
-        self._keep(base)
         tokens = base.micro_batch * seq_len // base.cp
         self.logits = np.asarray(tokens * (shape.vocab // base.tp), float)[:, None]
         self.scores = np.asarray(tokens * seq_len * (shape.heads / base.tp) * np.asarray(k.score_bytes))[:, None]
+        self._keep(base)
 
     def _keep(self, base: Candidates) -> None:
         kept = saved(self.shape, self.seq_len, base)
         self.saved = self.table({kind: numbers for kind, (numbers, _) in kept.items()})
         self.back = self.table({kind: numbers for kind, (_, numbers) in kept.items()})
+        k, further = self.k, np.asarray(self.shape.further)
+        self.unit = self.saved * self.column(k.item_bytes * np.asarray(k.saved))
+        """Bytes that a micro-batch leaves of a segment, with logits and scores."""
+        self.unit[:, HEAD] += (self.logits * self.column((1 + further) * np.asarray(k.logit_bytes)))[:, 0]
+        again = np.asarray(base.recompute) > 0
+        self.unit[:, LAYERS] += np.where(again[:, None] if again.ndim else again, 0.0, self.scores)
 
     def under(self, code: int) -> Holding:
         """The same under another recompute (index into `RECOMPUTE`)."""
@@ -236,10 +242,10 @@ class Holding:
         counted = spread(self.counted[rows], by_rank) / np.where(zero > 0, own(c.shards), 1)
         optimizer = pieces * owned - counted * column(k.optimizer_bytes)
         activations, passing = self._activations(c, parts, counts, by_rank, rows, exact, ranks)
-        largest = _largest((self.dense + self.experts)[rows], by_rank) * column(k.weight_bytes)
-        once = np.where(zero == 3, largest, whole * column(k.weight_bytes))
+        widest = largest((self.dense + self.experts)[rows], by_rank) * column(k.weight_bytes)
+        once = np.where(zero == 3, widest, whole * column(k.weight_bytes))
         copies = np.where(own(c.dp * c.cp) > 1, column(k.gradient_copies), np.minimum(column(k.gradient_copies), 1.0))
-        passing = passing + np.where(zero == 3, largest, 0.0) + once * copies
+        passing = passing + np.where(zero == 3, widest, 0.0) + once * copies
         allocated = held + gradients + optimizer + activations + passing
         fixed = GIB * (column(k.reserve) + column(k.buffers) * own(communicators(c))) + column(k.fragments) * allocated
         return Memory(held, gradients, optimizer, activations, passing, fixed)
@@ -267,20 +273,13 @@ class Holding:
     ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
         """(saved, coming and going) bytes of every rank, or of `ranks`."""
         k = self.k
-        item, heads, last = (
+        item, last = (
             value[rows] if np.ndim(value) else value
-            for value in (
-                self.column(k.item_bytes * np.asarray(k.saved)),
-                self.column((1 + np.asarray(self.shape.further)) * np.asarray(k.logit_bytes)),
-                self.column(k.logits * np.asarray(k.item_bytes)),
-            )
+            for value in map(self.column, (k.item_bytes * np.asarray(k.saved), k.logits * np.asarray(k.item_bytes)))
         )
-        logits, scores, back = self.logits[rows], self.scores[rows], self.back[rows] * item
+        unit, logits, scores, back = self.unit[rows], self.logits[rows], self.scores[rows], self.back[rows] * item
         again = np.asarray(c.recompute) > 0
         again = again[:, None] if again.ndim else again
-        unit = self.saved[rows] * item  # of one segment and micro-batch
-        unit[:, HEAD] += (logits * heads)[:, 0]
-        unit[:, LAYERS] += np.where(again, 0.0, scores)
         beside = back.copy()
         beside[:, LAYERS] += scores * again
         if exact:
@@ -298,7 +297,7 @@ class Holding:
                 same = numbers == m
                 kept[same] = unit[same] @ (flying if ranks is None else flying[:, ranks])
         last = (by_rank[..., HEAD, :] > 0) * (logits * last)
-        return kept, np.maximum(_largest(beside, by_rank), last)
+        return kept, np.maximum(largest(beside, by_rank), last)
 
 
 def _by_rank(c: Candidates, parts: Contents) -> tuple[np.ndarray, np.ndarray]:
@@ -308,7 +307,7 @@ def _by_rank(c: Candidates, parts: Contents) -> tuple[np.ndarray, np.ndarray]:
     return counts, counts @ (place[:, None] == np.arange(c.pp)).astype(float)
 
 
-def _largest(table: np.ndarray, by_rank: np.ndarray) -> np.ndarray:
+def largest(table: np.ndarray, by_rank: np.ndarray) -> np.ndarray:
     """Of what each rank has any of, the most by a table [N, kinds]: [N, ranks]."""
     found = np.zeros((len(table), by_rank.shape[-1]))
     for kind in range(len(KINDS)):

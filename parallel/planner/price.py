@@ -18,7 +18,7 @@ from parallel.planner.constants import Constants
 from parallel.planner.machine import Machine, cut, expert_factors, factors
 from parallel.planner.memory import spread, weights
 from parallel.planner.shape import KINDS, Candidates, Column, Contents, Shape, places
-from parallel.schedules import Times, lower_bound
+from parallel.schedules import SPLIT, Times, lower_bound
 
 WHOLE, NEAR, ACROSS = range(3)
 """Of the groups that gradients travel over (`Pricing.groups`)."""
@@ -59,14 +59,21 @@ class Prices:
     def rough(self) -> np.ndarray:
         """[N]: a step takes no less. Quick to work out, as no schedule is made.
 
-        Every rank waits for the first micro-batch to come through the stages before its own, and then has its work.
+        Every rank waits for the first micro-batch to come through the stages before its own, has its work, and hands
+        the last back through these stages. Of backwards in two halves, the weights' may come behind that.
         """
         c = self.candidates
         place, _ = places(c.schedule, c.pp, c.stages + 1)
-        work = (self.forward + self.input + self.weight) @ (place[:, None] == np.arange(c.pp)).astype(float)
-        comes = np.zeros_like(work)
-        comes[:, 1:] = np.cumsum(self.forward[:, : c.pp - 1] + self.transfer[:, : c.pp - 1], 1)
-        return self.total((comes + np.asarray(c.micro_batches)[:, None] * work).max(1) * (1 - 1e-12))
+        on_rank = (place[:, None] == np.arange(c.pp)).astype(float)
+        m, before = np.asarray(c.micro_batches)[:, None], slice(c.pp - 1)
+        comes, goes = np.zeros((2, len(c), c.pp))
+        np.cumsum(self.forward[:, before] + self.transfer[:, before], 1, out=comes[:, 1:])
+        backward = self.input + (0.0 if c.schedule in SPLIT else self.weight)
+        np.cumsum(backward[:, before] + self.transfer[:, before], 1, out=goes[:, 1:])
+        least = comes + goes + m * ((self.forward + backward) @ on_rank)
+        if c.schedule in SPLIT:
+            least = np.maximum(least, comes + m * ((self.forward + backward + self.weight) @ on_rank))
+        return self.total(least.max(1) * (1 - 1e-12))
 
     @cached_property
     def bound(self) -> np.ndarray:
@@ -120,9 +127,9 @@ class Pricing:
         self.elements = self.table({kind: w.dense for kind, w in held.items()})
         self.experts = self.table({kind: w.experts for kind, w in held.items()})
 
-    def column(self, value: Column) -> np.ndarray:
-        """[N, 1]"""
-        return np.broadcast_to(np.asarray(value, float), (self.rows,))[:, None]
+    def column(self, value: Column) -> Column:
+        """A number, or [N, 1]."""
+        return value if np.ndim(value) == 0 else np.asarray(value, float)[:, None]
 
     def table(self, per_kind: dict[str, Column]) -> np.ndarray:
         """[N, kinds]"""
@@ -169,7 +176,10 @@ class Pricing:
         """[N, kinds] whether there are dense weights, or experts; and [N, 1] what one of their collectives costs beside
         its bytes."""
         pairs = zip((self.elements, self.experts), self.groups, strict=True)
-        return [((elements > 0).astype(float), self.column(groups[which].half_call)) for elements, groups in pairs]
+        return [
+            ((elements > 0).astype(float), np.broadcast_to(self.column(groups[which].half_call), (self.rows, 1)))
+            for elements, groups in pairs
+        ]
 
     @cached_property
     def updates(self) -> np.ndarray:
@@ -195,9 +205,10 @@ class _Stages:
         self.place, _ = places(c.schedule, c.pp, c.stages + 1)
         self.on_rank = (self.place[:, None] == np.arange(c.pp)).astype(float)
 
-    def own(self, value: Column) -> np.ndarray:
-        """[N, 1]"""
-        return self.base.column(value)[self.rows]
+    def own(self, value: Column) -> Column:
+        """A number, or [N, 1]."""
+        found = self.base.column(value)
+        return found[self.rows] if np.ndim(found) else found
 
     def stages(self, table: np.ndarray, counts: np.ndarray | None = None) -> np.ndarray:
         """[N, S]: of each stage, the sum over what it holds of a table by kind."""
@@ -297,4 +308,5 @@ class _Stages:
         c, machine = self.c, self.base.machine
         ranks = np.broadcast_to(np.asarray(c.dp * c.cp * c.tp * c.pp, float), (len(c),))
         nodes = np.maximum(ranks / machine.blocks[self.base.compute.network.server], 1)
-        return 1 + self.own(self.k.spread)[:, 0] * np.log2(nodes)
+        spread = np.broadcast_to(np.asarray(self.k.spread, float), (self.base.rows,))[self.rows]
+        return 1 + spread * np.log2(nodes)

@@ -18,14 +18,16 @@ from typing import NamedTuple
 import numpy as np
 
 from parallel.layout import ORDER, Layout
-from parallel.planner.bounds import Bounds, coarse_bounds, first_rank
+from parallel.planner.bounds import Bounds, coarse_bounds
 from parallel.planner.evaluate import Estimate, evaluate
 from parallel.planner.memory import Holding
 from parallel.planner.price import Pricing
 from parallel.planner.problem import CHOSEN, Problem
 from parallel.planner.shape import ORDERS, Candidates, joined
-from parallel.planner.space import Space
+from parallel.planner.space import Space, runs
 
+SEEDS = 64
+"""Coarse rows of each pp that are refined before all others: what they lead to spares most of the rest."""
 CHUNKS = (512, 8192)
 """Coarse rows that are refined together: at first, and at most; each time four times as many."""
 FRONT = 24
@@ -35,7 +37,7 @@ BATCH = 16
 
 
 class Coarse(NamedTuple):
-    """Coarse rows in the order of their bounds: arrays, and the tables that they are rows of."""
+    """Coarse rows in the order of their bounds, behind `seeds` of them: arrays, and the tables that they are rows of."""
 
     tables: list[tuple[int, dict[str, np.ndarray]]]
     """By pp: its columns, and under `bounds` those with each ZeRO stage and recompute."""
@@ -43,6 +45,7 @@ class Coarse(NamedTuple):
     owners: np.ndarray
     """Which table each row is in, and at which number there."""
     numbers: np.ndarray
+    seeds: int
 
 
 class Fine(NamedTuple):
@@ -96,7 +99,9 @@ class Search:
         begin = time.perf_counter()
         space = Space(self.problem)
         coarse = self._coarse(space)
-        position, chunk = 0, CHUNKS[0]
+        self._refine(space, coarse, slice(coarse.seeds))
+        self._simulate()
+        position, chunk = coarse.seeds, CHUNKS[0]
         while True:
             upcoming = coarse.bounds[position] if position < len(coarse.bounds) else np.inf
             waiting = self._queue[0].bound if self._queue else np.inf
@@ -106,8 +111,7 @@ class Search:
             if upcoming <= waiting:
                 self._refine(space, coarse, slice(position, position + chunk))
                 position, chunk = position + chunk, min(4 * chunk, CHUNKS[1])
-            for _ in range(4):  # the sooner good layouts are known, the fewer rows are refined
-                self._simulate()
+            self._simulate()
         if not self.result.best and self.result.nearest is None:
             self._least(space)
         self.result.best.sort(key=lambda found: (found.step, found.peak))
@@ -136,7 +140,10 @@ class Search:
             numbers.append(kept)
             tables.append((pp, {**rows, "bounds": found.transpose(2, 0, 1)}))
         order = np.argsort(np.concatenate(bounds), kind="stable")
-        return Coarse(tables, *(np.concatenate(parts)[order] for parts in (bounds, owners, numbers)))
+        ahead = np.concatenate([np.argsort(np.argsort(part, kind="stable")) < SEEDS for part in bounds])[order]
+        order = np.concatenate([order[ahead], order[~ahead]])
+        columns = (np.concatenate(parts)[order] for parts in (bounds, owners, numbers))
+        return Coarse(tables, *columns, int(ahead.sum()))
 
     def _refine(self, space: Space, coarse: Coarse, chunk: slice) -> None:
         """Time and memory of all fine rows of a chunk, and those that may be among the best into the queue."""
@@ -145,30 +152,26 @@ class Search:
             pp, rows = coarse.tables[owner]
             own = {name: column[numbers[owners == owner]] for name, column in rows.items()}
             wanted = own.pop("bounds").transpose(1, 2, 0) < (np.inf if self.exhaustive else self._limit())
-            for base, pricing, holding in self._promising(space, space.fine(pp, own, wanted)):
-                for group, taken in space.scheduled(base):
-                    self._rank(group, taken, pricing, holding)
+            self._weigh(space, space.fine(pp, own, wanted))
         self.progress(f"{self.result.ranked:,} layouts ranked, {self.result.simulated:,} simulated")
 
-    def _promising(self, space: Space, base: Candidates) -> Iterator[tuple[Candidates, Pricing, Holding]]:
-        """Rows of which some schedule may fit and be among the best."""
-        problem = self.problem
-        for last in (False, True):
-            if not len(base):
-                return
-            pricing = Pricing(problem.shape, problem.seq_len, base, problem.machine, problem.constants)
-            holding = Holding(problem.shape, problem.seq_len, base, problem.constants)
-            if last:
-                yield base, pricing, holding
-                return
-            bounds = Bounds(space, base, pricing, holding, first_rank(space, base.pp, base.micro_batches))
-            bounds = bounds.seconds(bounds.sharding(base.zero), bounds.recomputing(base.recompute, holding))
-            base = base.take(np.flatnonzero(bounds < (np.inf if self.exhaustive else self._limit())))
+    def _weigh(self, space: Space, base: Candidates) -> None:
+        """Time and memory of `base` under every schedule."""
+        if not len(base):
+            return
+        bounds = Bounds(space, base)
+        sharded, recomputed = bounds.sharding(base.zero), bounds.recomputing(base.recompute, bounds.holding)
+        limit = np.inf if self.exhaustive else self._limit()
+        for name, vpp in space.pipelines(base.pp):
+            self.result.ranked += int(runs(name, base.pp, base.micro_batches).sum())
+            rows = np.flatnonzero(bounds.scheduled(name, vpp, sharded, recomputed) < limit)
+            if len(rows):
+                group = replace(base.take(rows), schedule=name, vpp=vpp)
+                self._rank(group, rows, bounds.pricing, bounds.holding)
 
     def _rank(self, group: Candidates, taken: np.ndarray, pricing: Pricing, holding: Holding) -> None:
         problem, result = self.problem, self.result
         parts = problem.contents(group.stages)
-        result.ranked += len(group)
         total = holding.memory(group, parts, taken, ranks=holding.heaviest(group, parts)).total.max(1)
         fits = total <= problem.machine.memory
         result.fitting += int(fits.sum())

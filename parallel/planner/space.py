@@ -162,10 +162,8 @@ class Space:
 
     def scheduled(self, base: Candidates) -> Iterator[tuple[Candidates, np.ndarray]]:
         """(layouts, their rows in `base`) of every schedule and vpp that those rows can run."""
-        m, pp = base.micro_batches, base.pp
-        for name, vpp in self.pipelines(pp):
-            runs = {"interleaved": m % pp == 0, "dualpipe_v": m >= 2 * pp}.get(name, m > 0)
-            rows = np.arange(len(base)) if pp == 1 else np.flatnonzero(runs)
+        for name, vpp in self.pipelines(base.pp):
+            rows = np.flatnonzero(runs(name, base.pp, base.micro_batches))
             if len(rows):
                 yield replace(base.take(rows), schedule=name, vpp=vpp), rows
 
@@ -189,3 +187,10 @@ class Space:
                 groups.append(group)
                 kinds.append(kind)
         return np.array(zeros), np.array(groups), kinds
+
+
+def runs(name: str, pp: int, micro_batches: np.ndarray) -> np.ndarray:
+    """Which numbers of micro-batches a schedule of `pp` ranks can run (`parallel.schedules.generate.check_numbers`)."""
+    if name == "interleaved":
+        return micro_batches % pp == 0
+    return micro_batches >= (2 * pp if name == "dualpipe_v" else 1)

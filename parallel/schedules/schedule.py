@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 FORWARD, BACKWARD, INPUT, WEIGHT = KINDS = "FBIW"
 V_SHAPED = ("zb_v", "dualpipe_v")
+SPLIT = ("zb_h1", *V_SHAPED)
+"""Schedules in which some backwards come in two halves."""
 
 
 class Action(NamedTuple):
