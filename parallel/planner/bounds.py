@@ -41,11 +41,11 @@ def coarse_bounds(space: Space, pp: int, rows: dict[str, np.ndarray]) -> np.ndar
         recomputed = [bounds.recomputing(code, bounds.holding.under(code)) for code in space.codes]
         pipelines = [bounds.pipeline(each) for each in recomputed]
         for row, zero in enumerate(space.zeros):
-            legal, sharded = (whole[part] > 1) | (zero == 0) | ("zero" in problem.fixed), bounds.sharding(zero)
+            legal, sharded = (whole[part] > 1) | (zero == 0) | ("zero" in problem.fixed), bounds.sharding(zero, False)
             for column, each in enumerate(recomputed):
-                held = bounds.held(sharded, each, layers, flying[part])
+                held = bounds.total(bounds.held(sharded, each, layers, flying[part]))
                 seconds = pipelines[column] + bounds.behind(sharded, each)
-                found[row, column, part] = np.where(legal & bounds.fits(held), seconds, np.inf)
+                found[row, column, part] = np.where(legal & (held <= problem.machine.memory), seconds, np.inf)
     return found
 
 
@@ -64,9 +64,11 @@ class Sharded(NamedTuple):
     """What a ZeRO stage makes of rows, [N] unless said."""
 
     update: np.ndarray
-    """Seconds of the optimizer, and of what every step takes beside."""
+    """Seconds of the optimizer, of weights gathered behind it, and of what every step takes beside."""
     gradients: np.ndarray
-    """Seconds of their all-reduce, or of what of it is not inside shard groups."""
+    """Seconds that they travel behind the last micro-batch."""
+    walks: tuple[Column, Column]
+    """[kinds, N] seconds that weights and gradients travel in a forward and a backward of one segment."""
     state: np.ndarray
     """[kinds, N] bytes of weights, gradients and the optimizer's state, and of a micro-batch's gradients beside."""
     gathered: np.ndarray
@@ -120,27 +122,46 @@ class Bounds:
         self.several = np.asarray(c.dp * c.cp > 1)
         self.copies = np.where(self.several, self.k.gradient_copies, min(self.k.gradient_copies, 1.0))
 
-    def sharding(self, zero: Column) -> Sharded:
-        """What depends on the ZeRO stage, a number or a column."""
+    def sharding(self, zero: Column, grouped: bool) -> Sharded:
+        """What depends on the ZeRO stage, a number or a column. Where rows are not `grouped`, so that shard groups may
+        be any, what travels in these costs nothing."""
         k, c = self.k, self.c
         zero = np.where(self.several, zero, 0)
         sizes, counted = self.sizes, self.holding.counted.T
         pieces = np.where(zero > 0, self.pieces, sizes)
         moved = 2 * (k.optimizer_bytes + k.own_bytes) + k.gradient_bytes + k.weight_bytes
         update = self.share @ pieces * k.optimizer * moved
-        times = np.where(zero == 0, 1.0, np.where(zero == 1, 0.5, 0.0))
         accumulates = (c.micro_batches > 1) | (c.pp > 1) | (zero == 3)
         owned = k.optimizer_bytes + np.where((zero == 1) | (zero == 2), k.own_bytes, 0.0)
         owned = owned + np.where(zero == 3, k.weight_bytes, 0.0) + (zero >= 2) * accumulates * k.gradient_bytes
         whole = k.weight_bytes * (1 + self.copies) + (zero < 2) * accumulates * k.gradient_bytes
         shards = np.where(zero > 0, np.maximum(c.shards, 1), 1)
         state = np.where(zero == 3, 0.0, whole) * sizes + pieces * owned - counted * (k.optimizer_bytes / shards)
+        update = update / (self.problem.machine.memory_bandwidth * k.memory) + k.step
+        walks: tuple[Column, Column] = (0.0, 0.0)
+        if grouped:
+            gradients, walks, gathered = self._travels(zero)
+            update = update + gathered
+        else:
+            gradients = np.where(zero == 0, 1.0, np.where(zero == 1, 0.5, 0.0)) * k.gradient_bytes * self.reduced
         return Sharded(
-            update / (self.problem.machine.memory_bandwidth * k.memory) + k.step,
-            times * k.gradient_bytes * self.reduced,
+            update,
+            gradients,
+            walks,
             state,
             np.where(zero == 3, k.weight_bytes * (1 + self.copies), 0.0),
         )
+
+    def _travels(self, zero: Column) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray], np.ndarray]:
+        """What `price` says of traffic over dp, but for its calls, and for what a pass hides that is long enough."""
+        k, scattered = self.k, self.pricing.scattered.T
+        mean = self.share @ scattered
+        gradients = np.where(zero == 0, self.reduced, self.pricing.shared @ self.share) + (zero == 1) * mean
+        shown = scattered * (1 - k.hide_dp)
+        forward = (zero == 3) * k.message_bytes * shown
+        backward = forward + (zero >= 2) * k.gradient_bytes * shown
+        gathered = ((zero == 1) | (zero == 2)) * k.message_bytes * mean * (1 - k.hide_gather)
+        return k.gradient_bytes * gradients, (forward, backward), gathered
 
     def recomputing(self, code: Column, holding: Holding) -> Recomputed:
         """What depends on recompute, a number or a column; `holding` is under it."""
@@ -158,16 +179,16 @@ class Bounds:
         for name, vpp in self.space.pipelines(self.c.pp):
             key = places(name, self.c.pp, self.c.pp * vpp + 1)[0].tobytes()
             ways[key] = (name, vpp, name in SPLIT or ways.get(key, (name, vpp, False))[2])
-        return np.min([self._slowest(*way, recomputed) for way in ways.values()], 0)
+        times = self.pricing.forward.T, recomputed.backward
+        return np.min([self._slowest(*way, *times) for way in ways.values()], 0)
 
-    def _slowest(self, name: str, vpp: int, split: bool, recomputed: Recomputed) -> np.ndarray:
-        base, found = self.pricing, load(self.problem, name, self.c.pp, vpp)
-        times = base.forward.T, recomputed.backward, base.weight.T
+    def _slowest(self, name: str, vpp: int, split: bool, forward: np.ndarray, backward: np.ndarray) -> np.ndarray:
+        found = load(self.problem, name, self.c.pp, vpp)
+        times = forward, backward, self.pricing.weight.T
         return found.slowest(split, self.c.micro_batches, *times) * (1 - 1e-12)
 
     def behind(self, sharded: Sharded, recomputed: Recomputed) -> np.ndarray:
-        """[N] seconds behind the pipeline: gradients that nothing hides, and the optimizer. What travels in shard
-        groups, which may be near, costs nothing here."""
+        """[N] seconds behind the pipeline: gradients that nothing hides, and the optimizer."""
         gradients = sharded.gradients
         exposed = np.maximum(gradients - self.share @ recomputed.backward, gradients * (1 - self.k.hide_dp))
         return exposed + sharded.update
@@ -182,12 +203,15 @@ class Bounds:
             found = found + self.sizes[self.counts > 0].max(0) * sharded.gathered
         return found
 
-    def scheduled(self, name: str, vpp: int, sharded: Sharded, recomputed: Recomputed) -> np.ndarray:
-        """[N] seconds of a step under one schedule; infinite where it cannot run or does not fit."""
+    def scheduled(
+        self, name: str, vpp: int, sharded: Sharded, recomputed: Recomputed
+    ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+        """[N] seconds of a step, and bytes of the fullest rank, under one schedule; bytes are infinite where it cannot
+        run, and seconds where these do not fit."""
         c = replace(self.c, schedule=name, vpp=vpp)
-        found, legal = np.full(len(c), np.inf), runs(name, c.pp, c.micro_batches)
+        seconds, legal = np.full(len(c), np.inf), runs(name, c.pp, c.micro_batches)
         if not legal.any():
-            return found
+            return seconds, seconds
         parts, own = self.problem.contents(c.stages), load(self.problem, name, c.pp, vpp).own
         ranks = self.holding.heaviest(c.take(legal), parts)
         own = own[ranks]
@@ -202,15 +226,18 @@ class Bounds:
             held[:, same] += live(name, c.pp, vpp, int(m))[ranks] @ counts @ recomputed.left[:, same]
         if np.any(sharded.gathered):
             held = held + largest(self.sizes.T, own.T).T * sharded.gathered
-        fits = legal & self.fits(held.max(0))
+        total = np.where(legal, self.total(held.max(0)), np.inf)
+        fits = total <= self.problem.machine.memory
         if fits.any():
-            seconds = self._slowest(name, vpp, name in SPLIT, recomputed) + self.behind(sharded, recomputed)
-            found[fits] = seconds[fits]
-        return found
+            forward, backward = sharded.walks
+            times = self.pricing.forward.T + forward, recomputed.backward + backward
+            found = self._slowest(name, vpp, name in SPLIT, *times) + self.behind(sharded, recomputed)
+            seconds[fits] = found[fits]
+        return seconds, total
 
-    def fits(self, held: np.ndarray) -> np.ndarray:
-        """[N]: whether so many bytes do, with what every rank takes."""
-        return held * (1 + self.k.fragments) + self.fixed <= self.problem.machine.memory
+    def total(self, held: np.ndarray) -> np.ndarray:
+        """[N] bytes, with what every rank takes."""
+        return held * (1 + self.k.fragments) + self.fixed
 
     @cached_property
     def fixed(self) -> np.ndarray:

@@ -157,7 +157,7 @@ def communicators(c: Candidates) -> Column:
     found = sum(np.asarray(size > 1, float) for size in (c.tp, c.ulysses, c.cp // c.ulysses, c.dp * c.cp, c.edp))
     found = found + np.asarray(c.ep * c.etp > 1, float) + (np.asarray(c.tp) * c.pp > 1)
     found = found + np.where((c.zero > 0) & (c.shards < c.dp * c.cp), 2.0, 0.0)
-    return found + min(c.pp - 1, 2)
+    return found + np.minimum(c.pp - 1, 2)
 
 
 def memory(shape: Shape, seq_len: Column, c: Candidates, parts: Contents, k: Constants) -> Memory:

@@ -26,18 +26,18 @@ from parallel.planner.problem import CHOSEN, Problem
 from parallel.planner.shape import ORDERS, Candidates, joined
 from parallel.planner.space import Space, runs
 
-SEEDS = 64
+SEEDS = 32
 """Coarse rows of each pp that are refined before all others: what they lead to spares most of the rest."""
 CHUNKS = (512, 8192)
 """Coarse rows that are refined together: at first, and at most; each time four times as many."""
 FRONT = 24
 """Shares of the memory, of each of which the front has at most one layout."""
-BATCH = 16
+BATCH = 32
 """Fine rows that are placed and simulated together."""
 
 
 class Coarse(NamedTuple):
-    """Coarse rows in the order of their bounds, behind `seeds` of them: arrays, and the tables that they are rows of."""
+    """Coarse rows in the order of their bounds, behind `seeds` of them: arrays, and tables that they are rows of."""
 
     tables: list[tuple[int, dict[str, np.ndarray]]]
     """By pp: its columns, and under `bounds` those with each ZeRO stage and recompute."""
@@ -69,9 +69,9 @@ class Result:
     coarse: int = 0
     """Coarse rows: all of the space."""
     ranked: int = 0
-    """Fine rows whose time and memory were computed."""
+    """Fine rows of which a time and the memory were worked out."""
     fitting: int = 0
-    """Of these, those that fit into memory."""
+    """Of these, those that may fit into memory."""
     simulated: int = 0
     nearest: Estimate | None = None
     """If nothing fits, what is least too large."""
@@ -159,43 +159,28 @@ class Search:
         """Time and memory of `base` under every schedule."""
         if not len(base):
             return
-        bounds = Bounds(space, base)
-        sharded, recomputed = bounds.sharding(base.zero), bounds.recomputing(base.recompute, bounds.holding)
+        bounds, result = Bounds(space, base), self.result
+        sharded, recomputed = bounds.sharding(base.zero, True), bounds.recomputing(base.recompute, bounds.holding)
         limit = np.inf if self.exhaustive else self._limit()
         for name, vpp in space.pipelines(base.pp):
-            self.result.ranked += int(runs(name, base.pp, base.micro_batches).sum())
-            rows = np.flatnonzero(bounds.scheduled(name, vpp, sharded, recomputed) < limit)
-            if len(rows):
-                group = replace(base.take(rows), schedule=name, vpp=vpp)
-                self._rank(group, rows, bounds.pricing, bounds.holding)
+            result.ranked += int(runs(name, base.pp, base.micro_batches).sum())
+            seconds, held = bounds.scheduled(name, vpp, sharded, recomputed)
+            fits = np.flatnonzero(held <= self.problem.machine.memory)
+            result.fitting += len(fits)
+            group = replace(base, schedule=name, vpp=vpp)
+            self._note_front(group, seconds, held, fits)
+            for row in fits[seconds[fits] < limit].tolist():
+                self._number += 1
+                heapq.heappush(self._queue, Fine(float(seconds[row]), float(held[row]), self._number, group, row))
 
-    def _rank(self, group: Candidates, taken: np.ndarray, pricing: Pricing, holding: Holding) -> None:
-        problem, result = self.problem, self.result
-        parts = problem.contents(group.stages)
-        total = holding.memory(group, parts, taken, ranks=holding.heaviest(group, parts)).total.max(1)
-        fits = total <= problem.machine.memory
-        result.fitting += int(fits.sum())
-        if not fits.all() and not result.best:
-            self._keep_nearest(group, total)
-        rows = np.flatnonzero(fits)
-        if not len(rows):
-            return
-        group, total = group.take(rows), total[rows]
-        bounds = pricing.prices(group, parts, taken[rows]).rough
-        self._note_front(group, bounds, total)
-        kept = np.flatnonzero(bounds < self._limit()) if not self.exhaustive else range(len(bounds))
-        for row in kept:
-            self._number += 1
-            heapq.heappush(self._queue, Fine(float(bounds[row]), float(total[row]), self._number, group, row))
-
-    def _note_front(self, group: Candidates, bounds: np.ndarray, total: np.ndarray) -> None:
+    def _note_front(self, group: Candidates, seconds: np.ndarray, held: np.ndarray, rows: np.ndarray) -> None:
         """Of each share of the memory, the row whose bound is least."""
-        shares = np.minimum((total / self.problem.machine.memory * FRONT).astype(int), FRONT - 1)
+        shares = np.minimum((held[rows] / self.problem.machine.memory * FRONT).astype(int), FRONT - 1)
         for share in np.unique(shares):
-            rows = np.flatnonzero(shares == share)
-            row = int(rows[bounds[rows].argmin()])
-            if bounds[row] < self._front.get(share, (np.inf,))[0]:
-                self._front[share] = float(bounds[row]), group, row
+            own = rows[shares == share]
+            row = int(own[seconds[own].argmin()])
+            if seconds[row] < self._front.get(share, (np.inf,))[0]:
+                self._front[share] = float(seconds[row]), group, row
 
     def _simulate_front(self) -> list[Estimate]:
         """Those of the rows noted, and of the best, that no other beats in both time and memory; by memory."""
@@ -216,14 +201,11 @@ class Search:
             base = space.fine(pp, rows, wanted)
             holding = Holding(self.problem.shape, self.problem.seq_len, base, self.problem.constants)
             for group, taken in space.scheduled(base):
-                held = holding.memory(group, self.problem.contents(group.stages), taken)
-                self._keep_nearest(group, held.total.max(1))
-
-    def _keep_nearest(self, group: Candidates, total: np.ndarray) -> None:
-        row = int(total.argmin())
-        if self.result.nearest is None or total[row] < self.result.nearest.peak:
-            layout = self._layout(group, row, self._orders(group, row)[0])
-            self.result.nearest = evaluate(self.problem, [layout])[0]
+                total = holding.memory(group, self.problem.contents(group.stages), taken).total.max(1)
+                row = int(total.argmin())
+                if self.result.nearest is None or total[row] < self.result.nearest.peak:
+                    layout = self._layout(group, row, self._orders(group, row)[0])
+                    self.result.nearest = evaluate(self.problem, [layout])[0]
 
     def _layout(self, group: Candidates, row: int, order: tuple[str, ...]) -> Layout:
         passed = {key: value for key, value in self.problem.fixed.items() if key not in CHOSEN}
@@ -246,6 +228,7 @@ class Search:
             fine = heapq.heappop(self._queue)
             if fine.bound < limit:
                 batch.append(fine)
+        batch = self._fitting(batch) if batch else []
         if not batch:
             return
         placed = list(self._placed(batch, limit))
@@ -281,6 +264,23 @@ class Search:
             if len(kept):
                 kept = kept[prices.rows(kept).bound < limit]
             yield from ((numbers[rows[row]], orders[rows[row]]) for row in kept)
+
+    def _fitting(self, batch: list[Fine]) -> list[Fine]:
+        """Those that fit into memory, as far as is known before they are simulated."""
+        problem = self.problem
+        free = joined([fine.group.take(np.array([fine.row])) for fine in batch])
+        holding = Holding(problem.shape, problem.seq_len, free, problem.constants)
+        groups: dict[tuple, list[int]] = {}
+        for number, fine in enumerate(batch):
+            groups.setdefault((fine.group.schedule, fine.group.pp, fine.group.vpp), []).append(number)
+        found: list[Fine] = []
+        for (schedule, pp, vpp), numbers in groups.items():
+            own = np.array(numbers)
+            c = replace(free.take(own), schedule=schedule, pp=pp, vpp=vpp)
+            parts = problem.contents(c.stages)
+            held = holding.memory(c, parts, own, ranks=holding.heaviest(c, parts)).total.max(1)
+            found += [batch[number] for number in own[held <= problem.machine.memory]]
+        return found
 
 
 def _undominated(owners: np.ndarray, costs: np.ndarray) -> np.ndarray:
