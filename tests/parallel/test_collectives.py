@@ -296,7 +296,8 @@ def test_the_host_helpers_reach_all_ranks(world):
 @pytest.mark.parametrize("where", ["host", "channels", *FORMS])
 def test_a_rank_that_waits_leaves_the_core_to_one_that_works(world, where):
     # Spinning would take a whole core, or what other ranks leave of it.
-    assert all(seen[where]["share of a core while waiting"] < 0.3 for seen in world[1])
+    shares = [seen[where]["share of a core while waiting"] for seen in world[1]]
+    assert max(shares) < 0.3, shares
 
 
 def test_a_world_of_another_size_is_the_product_error(world):

@@ -106,6 +106,7 @@ class Run:
         (folder / "worker.py").write_text(WORKER)
         (folder / "parent.py").write_text(PARENT)
         environ = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(folder)}
+        environ.pop("COLUMNS", None)  # which a terminal, or what runs the tests, may have set
         self.process = subprocess.Popen(
             [sys.executable, "-P", folder / "parent.py", self.directory, folder / "worker.py", plan],
             env=environ,
