@@ -48,6 +48,8 @@ VARIANTS = {
     "a further token, tied": {"mtp": PredictionConfig(depth=1), "tied_embeddings": True},
 }  # fmt: skip
 
+QUICK = ("qwen3", "deepseek", "further tokens")
+"""Those that every test run tries."""
 UNLIKE = ("llama", "qwen3_moe", "deepseek")
 """With two layers, most of which are not alike."""
 
@@ -68,7 +70,9 @@ class Both(nn.Cell):
         return loss, gradients
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in VARIANTS]
+)
 def test_gradients_follow_the_loss(variant):
     layers = 2 if variant in UNLIKE else 1
     config = ModelConfig(layers=layers, hidden=24, ffn=20, heads=4, kv_heads=2, vocab=50, **VARIANTS[variant])
