@@ -13,11 +13,24 @@ from typing import NamedTuple
 
 import numpy as np
 
-from parallel.planner.compute import Passes
-from parallel.planner.memory import ALONE, EMBEDDING, GIB, HEAD, LAYERS, Holding, communicators, enough, largest, live
-from parallel.planner.price import Pricing
+from parallel.planner.communication import Group, Network
+from parallel.planner.cuts import Tables
+from parallel.planner.memory import (
+    ALONE,
+    EMBEDDING,
+    GIB,
+    HEAD,
+    LAYERS,
+    communicators,
+    enough,
+    heaviest,
+    largest,
+    live,
+    shares_ends,
+)
+from parallel.planner.price import ACROSS, NEAR, WHOLE, travels
 from parallel.planner.problem import Problem
-from parallel.planner.shape import KINDS, RECOMPUTE, Candidates, Column, places
+from parallel.planner.shape import KINDS, Candidates, Column, places
 from parallel.planner.space import Space, runs
 from parallel.schedules import SPLIT
 
@@ -25,20 +38,20 @@ CHUNK = 8192
 """Rows that are bounded together: enough to outweigh a call, few enough for the cache."""
 
 
-def coarse_bounds(space: Space, pp: int, rows: dict[str, np.ndarray]) -> np.ndarray:
-    """[zeros, codes, N] seconds of a step of coarse rows (`Space.coarse`) with each ZeRO stage and recompute of the
-    space, under any schedule; infinite where it does not fit."""
+def coarse_bounds(space: Space, pp: int, rows: dict[str, np.ndarray], tables: Tables) -> np.ndarray:
+    """[zeros, codes, N] seconds of a step of coarse rows (`cuts`) with each ZeRO stage and recompute of the space,
+    under any schedule; infinite where it does not fit."""
     problem = space.problem
     whole = rows["dp"] * rows["cp"]
     found = np.full((len(space.zeros), len(space.codes), len(whole)), np.inf)
     layers, flying = first_rank(space, pp, rows["micro_batches"])
     for start in range(0, len(whole), CHUNK):
         part = slice(start, start + CHUNK)
-        own = {name: column[part] for name, column in rows.items()}
+        own = {name: column[part] for name, column in rows.items() if name != "cut"}
         nothing = np.zeros_like(own["tp"])
         c = Candidates("1f1b", pp, 1, order=None, **own, zero=nothing + 1, shards=whole[part], recompute=nothing)
-        bounds = Bounds(space, c)
-        recomputed = [bounds.recomputing(code, bounds.holding.under(code)) for code in space.codes]
+        bounds = Bounds(space, c, tables.take(rows["cut"][part]))
+        recomputed = [bounds.recomputing(index) for index in range(len(space.codes))]
         pipelines = [bounds.pipeline(each) for each in recomputed]
         for row, zero in enumerate(space.zeros):
             legal, sharded = (whole[part] > 1) | (zero == 0) | ("zero" in problem.fixed), bounds.sharding(zero, False)
@@ -108,16 +121,15 @@ class Bounds:
     """Bounds of columns whose schedule is open. Of their ZeRO stage only `sharding` knows: shard groups are those that
     they have for a stage above 0."""
 
-    def __init__(self, space: Space, c: Candidates) -> None:
+    def __init__(self, space: Space, c: Candidates, tables: Tables) -> None:
         problem = space.problem
-        self.c, self.space, self.problem, self.k = c, space, problem, problem.constants
-        self.pricing = Pricing(problem.shape, problem.seq_len, c, problem.machine, problem.constants)
-        self.holding = Holding(problem.shape, problem.seq_len, c, problem.constants)
+        self.c, self.tables, self.space, self.problem, self.k = c, tables, space, problem, problem.constants
         one = problem.contents(1)
         self.counts = np.array([one.counts(kind)[0] for kind in KINDS])
         self.share = self.counts / c.pp
+        self.shared = bool(shares_ends(problem.shape))
         # A matrix that both ends use is there once where they lie on one rank.
-        self.stored = self.share * np.where(self.holding.shares_ends, ALONE[:, 0], 1.0)
+        self.stored = self.share * np.where(self.shared, ALONE[:, 0], 1.0)
         self.used = [i for i in LAYERS if self.counts[i]]
         self.several = np.asarray(c.dp * c.cp > 1)
         self.copies = np.where(self.several, self.k.gradient_copies, min(self.k.gradient_copies, 1.0))
@@ -127,7 +139,7 @@ class Bounds:
         be any, what travels in these costs nothing."""
         k, c = self.k, self.c
         zero = np.where(self.several, zero, 0)
-        sizes, counted = self.sizes, self.holding.counted.T
+        sizes, counted = self.sizes, self.tables.counted
         pieces = np.where(zero > 0, self.pieces, sizes)
         moved = 2 * (k.optimizer_bytes + k.own_bytes) + k.gradient_bytes + k.weight_bytes
         update = self.share @ pieces * k.optimizer * moved
@@ -154,37 +166,37 @@ class Bounds:
 
     def _travels(self, zero: Column) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray], np.ndarray]:
         """What `price` says of traffic over dp, but for its calls, and for what a pass hides that is long enough."""
-        k, scattered = self.k, self.pricing.scattered.T
+        k, scattered = self.k, self._halves(NEAR)
         mean = self.share @ scattered
-        gradients = np.where(zero == 0, self.reduced, self.pricing.shared @ self.share) + (zero == 1) * mean
+        gradients = np.where(zero == 0, self.reduced, 2 * (self.share @ self._halves(ACROSS))) + (zero == 1) * mean
         shown = scattered * (1 - k.hide_dp)
         forward = (zero == 3) * k.message_bytes * shown
         backward = forward + (zero >= 2) * k.gradient_bytes * shown
         gathered = ((zero == 1) | (zero == 2)) * k.message_bytes * mean * (1 - k.hide_gather)
         return k.gradient_bytes * gradients, (forward, backward), gathered
 
-    def recomputing(self, code: Column, holding: Holding) -> Recomputed:
-        """What depends on recompute, a number or a column; `holding` is under it."""
-        k, base = self.k, self.pricing
-        backward = (base.input + base.weight).T.copy()
-        for i in self.used:
-            backward[i] += _again(base.passes[KINDS[i]], code)
-        back = _least(holding.back.T, self.used) * (k.item_bytes * k.saved)
-        coming = np.maximum(holding.logits[:, 0] * k.logits * k.item_bytes, back) / self.c.pp
-        return Recomputed(backward, holding.unit.T, coming)
+    def recomputing(self, code: Column) -> Recomputed:
+        """What depends on recompute: an index into those of the space, or a column of these."""
+        t = self.tables
+        if np.ndim(code) == 0:
+            return Recomputed(t.backward + t.again[code], t.left[code], t.coming[code] / self.c.pp)
+        rows = np.arange(len(code))
+        again, left = (table[code, :, rows].T for table in (t.again, t.left))
+        return Recomputed(t.backward + again, left, t.coming[code, rows] / self.c.pp)
 
     def pipeline(self, recomputed: Recomputed) -> np.ndarray:
         """[N] seconds of the passes of a step, under the schedule that takes least."""
-        ways: dict[tuple, bool] = {}
+        ways: dict[bytes, tuple[Load, bool]] = {}
         for name, vpp in self.space.pipelines(self.c.pp):
-            key = places(name, self.c.pp, self.c.pp * vpp + 1)[0].tobytes()
-            ways[key] = (name, vpp, name in SPLIT or ways.get(key, (name, vpp, False))[2])
-        times = self.pricing.forward.T, recomputed.backward
-        return np.min([self._slowest(*way, *times) for way in ways.values()], 0)
+            found = load(self.problem, name, self.c.pp, vpp)
+            other, split = ways.get(found.own.tobytes(), (found, False))
+            ways[found.own.tobytes()] = Load(found.own, np.minimum(found.before, other.before)), split or name in SPLIT
+        times = self.c.micro_batches, self.tables.forward, recomputed.backward, self.tables.weight
+        return np.min([way.slowest(split, *times) for way, split in ways.values()], 0) * (1 - 1e-12)
 
     def _slowest(self, name: str, vpp: int, split: bool, forward: np.ndarray, backward: np.ndarray) -> np.ndarray:
         found = load(self.problem, name, self.c.pp, vpp)
-        times = forward, backward, self.pricing.weight.T
+        times = forward, backward, self.tables.weight
         return found.slowest(split, self.c.micro_batches, *times) * (1 - 1e-12)
 
     def behind(self, sharded: Sharded, recomputed: Recomputed) -> np.ndarray:
@@ -213,10 +225,10 @@ class Bounds:
         if not legal.any():
             return seconds, seconds
         parts, own = self.problem.contents(c.stages), load(self.problem, name, c.pp, vpp).own
-        ranks = self.holding.heaviest(c.take(legal), parts)
+        ranks = heaviest(replace(c, micro_batches=c.micro_batches[legal]), parts, self.shared)
         own = own[ranks]
         stored = own.copy()
-        if self.holding.shares_ends:
+        if self.shared:
             stored[:, EMBEDDING] *= (own[:, EMBEDDING] == 0) | (own[:, HEAD] == 0)
         held = stored @ sharded.state
         counts = np.stack([parts.counts(kind) for kind in KINDS], -1)
@@ -230,7 +242,7 @@ class Bounds:
         fits = total <= self.problem.machine.memory
         if fits.any():
             forward, backward = sharded.walks
-            times = self.pricing.forward.T + forward, recomputed.backward + backward
+            times = self.tables.forward + forward, recomputed.backward + backward
             found = self._slowest(name, vpp, name in SPLIT, *times) + self.behind(sharded, recomputed)
             seconds[fits] = found[fits]
         return seconds, total
@@ -244,24 +256,32 @@ class Bounds:
         return GIB * (self.k.reserve + self.k.buffers * communicators(replace(self.c, zero=0)))
 
     @cached_property
+    def groups(self) -> tuple[tuple[Group, Group, Group], ...]:
+        return travels(self.c, Network(self.problem.machine, self.k))
+
+    def _halves(self, which: int) -> np.ndarray:
+        """[kinds, N]: see `Pricing`."""
+        c, found = self.c, 0.0
+        for elements, groups, shards in zip(
+            (self.tables.elements, self.tables.experts), self.groups, (c.shards, c.expert_shards), strict=True
+        ):
+            found = found + elements * (groups[which].half_byte / (np.maximum(shards, 1) if which == ACROSS else 1))
+        return found
+
+    @cached_property
     def reduced(self) -> np.ndarray:
-        return self.pricing.reduced @ self.share
+        return 2 * (self.share @ self._halves(WHOLE))
 
     @cached_property
     def sizes(self) -> np.ndarray:
         """[kinds, N]: a segment's weights."""
-        return (self.pricing.elements + self.pricing.experts).T
+        return self.tables.elements + self.tables.experts
 
     @cached_property
     def pieces(self) -> np.ndarray:
         """[kinds, N]: of a segment's weights, what one rank updates under ZeRO."""
         shards, experts = (np.maximum(column, 1) for column in (self.c.shards, self.c.expert_shards))
-        return self.pricing.elements.T / shards + self.pricing.experts.T / experts
-
-
-def _again(passes: Passes, code: Column) -> Column:
-    full, selective = (np.asarray(code) == RECOMPUTE.index(name) for name in ("full", "selective"))
-    return np.where(full, passes.forward.total, np.where(selective, passes.core, 0.0))
+        return self.tables.elements / shards + self.tables.experts / experts
 
 
 def _least(table: np.ndarray, kinds: list[int]) -> np.ndarray:

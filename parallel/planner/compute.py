@@ -246,8 +246,8 @@ class Compute:
                     getattr(found["head"], name).add(term, self.shape.further * seconds)
         return found
 
-    def again(self, passes: Passes) -> Column:
-        """What recompute runs again of a layer's forward."""
-        code = self.candidates.recompute
+    @staticmethod
+    def again(passes: Passes, code: Column) -> Column:
+        """What a recompute (index into `RECOMPUTE`) runs again of a layer's forward."""
         full, selective = (np.asarray(code) == RECOMPUTE.index(name) for name in ("full", "selective"))
         return np.where(full, passes.forward.total, np.where(selective, passes.core, 0.0))

@@ -230,7 +230,9 @@ class Holding:
 
         dense, experts = spread(self.dense[rows], by_rank), spread(self.experts[rows], by_rank)
         ends = (by_rank[..., EMBEDDING, :] > 0) & (by_rank[..., HEAD, :] > 0)
-        dense = dense - ends * column(self.shares_ends) * self.dense[rows, :1]  # what both ends use is there once
+        dense = (
+            dense - ends * column(shares_ends(self.shape)) * self.dense[rows, :1]
+        )  # what both ends use is there once
         whole = dense + experts
         zero = own(np.where(c.dp * c.cp > 1, c.zero, 0))
         cut = dense / own(c.shards) + experts / own(c.expert_shards)
@@ -249,23 +251,6 @@ class Holding:
         allocated = held + gradients + optimizer + activations + passing
         fixed = GIB * (column(k.reserve) + column(k.buffers) * own(communicators(c))) + column(k.fragments) * allocated
         return Memory(held, gradients, optimizer, activations, passing, fixed)
-
-    @property
-    def shares_ends(self) -> Column:
-        """Whether the embedding and the head use one matrix where they lie on one rank."""
-        return np.asarray(self.shape.tied) | (np.asarray(self.shape.further) > 0)
-
-    def heaviest(self, c: Candidates, parts: Contents) -> np.ndarray:
-        """Pipeline ranks of which, whatever the rest of a layout, one holds the most: no other has as many of every
-        kind of segments, and as many of them in flight."""
-        counts, by_rank = _by_rank(c, parts)
-        numbers = np.unique(np.minimum(c.micro_batches, enough(c.schedule, c.pp)))
-        if np.any(self.shares_ends):
-            by_rank = by_rank * np.where((by_rank[EMBEDDING] > 0) & (by_rank[HEAD] > 0), ALONE, 1)
-        held = np.concatenate([by_rank, *(counts @ live(c.schedule, c.pp, c.vpp, int(m)).T for m in numbers)]).T
-        more = (held[:, None] >= held).all(2)  # [i, j]: i holds no less than j
-        first = np.arange(c.pp)[:, None] < np.arange(c.pp)
-        return np.flatnonzero(~(more & (~more.T | first)).any(0))
 
     def _activations(
         self, c: Candidates, parts: Contents, counts: np.ndarray, by_rank: np.ndarray, rows: Any, exact: bool,
@@ -298,6 +283,24 @@ class Holding:
                 kept[same] = unit[same] @ (flying if ranks is None else flying[:, ranks])
         last = (by_rank[..., HEAD, :] > 0) * (logits * last)
         return kept, np.maximum(largest(beside, by_rank), last)
+
+
+def shares_ends(shape: Shape) -> Column:
+    """Whether the embedding and the head use one matrix where they lie on one rank."""
+    return np.asarray(shape.tied) | (np.asarray(shape.further) > 0)
+
+
+def heaviest(c: Candidates, parts: Contents, shared: bool) -> np.ndarray:
+    """Pipeline ranks of which, whatever the rest of a layout, one holds the most: no other has as many of every kind of
+    segments, and as many of them in flight. `shared` is whether both ends of the model use one matrix."""
+    counts, by_rank = _by_rank(c, parts)
+    numbers = np.unique(np.minimum(c.micro_batches, enough(c.schedule, c.pp)))
+    if shared:
+        by_rank = by_rank * np.where((by_rank[EMBEDDING] > 0) & (by_rank[HEAD] > 0), ALONE, 1)
+    held = np.concatenate([by_rank, *(counts @ live(c.schedule, c.pp, c.vpp, int(m)).T for m in numbers)]).T
+    more = (held[:, None] >= held).all(2)  # [i, j]: i holds no less than j
+    first = np.arange(c.pp)[:, None] < np.arange(c.pp)
+    return np.flatnonzero(~(more & (~more.T | first)).any(0))
 
 
 def _by_rank(c: Candidates, parts: Contents) -> tuple[np.ndarray, np.ndarray]:

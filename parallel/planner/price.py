@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from parallel.planner.communication import Group
+from parallel.planner.communication import Group, Network
 from parallel.planner.compute import TERMS, Compute, Passes
 from parallel.planner.constants import Constants
 from parallel.planner.machine import Machine, cut, expert_factors, factors
@@ -108,6 +108,16 @@ def price(
     return Pricing(shape, seq_len, candidates, machine, constants).prices(candidates, parts, terms=terms)
 
 
+def travels(c: Candidates, network: Network) -> tuple[tuple[Group, Group, Group], ...]:
+    """Over which gradients of dense weights, and of experts, travel: all ranks, the parts of them that share one set of
+    pieces, and those across which pieces are the same."""
+    found = []
+    for own, shards in ((factors(c, ("dp", "cp")), c.shards), (expert_factors(c, "edp"), c.expert_shards)):
+        near, across = cut(own, np.where(c.zero > 0, shards, 1))
+        found.append((network.group(own), network.group(near), network.group(across)))
+    return tuple(found)
+
+
 class Pricing:
     """What layouts of one pp and nesting take by kind of segment, whatever their schedule. Arrays [N, kinds]."""
 
@@ -121,11 +131,14 @@ class Pricing:
         self.forward = self.table({kind: p.forward.total for kind, p in found.items()})
         self.input = self.table({kind: p.input.total for kind, p in found.items()})
         self.weight = self.table({kind: p.weight.total for kind, p in found.items()})
-        again = {kind: self.compute.again(found[kind]) for kind in ("dense", "sparse")}
-        self.again = self.table(again)
+        self.again = self.again_under(base.recompute)
         held = weights(shape, base)
         self.elements = self.table({kind: w.dense for kind, w in held.items()})
         self.experts = self.table({kind: w.experts for kind, w in held.items()})
+
+    def again_under(self, code: Column) -> np.ndarray:
+        """[N, kinds]: what a recompute runs again."""
+        return self.table({kind: Compute.again(self.passes.get(kind, Passes()), code) for kind in ("dense", "sparse")})
 
     def column(self, value: Column) -> Column:
         """A number, or [N, 1]."""
@@ -140,13 +153,7 @@ class Pricing:
 
     @cached_property
     def groups(self) -> tuple[tuple[Group, Group, Group], ...]:
-        """Over which gradients of dense weights, and of experts, travel: all ranks, the parts of them that share one
-        set of pieces, and those across which pieces are the same."""
-        c, network, found = self.base, self.compute.network, []
-        for own, shards in ((factors(c, ("dp", "cp")), c.shards), (expert_factors(c, "edp"), c.expert_shards)):
-            near, across = cut(own, np.where(c.zero > 0, shards, 1))
-            found.append((network.group(own), network.group(near), network.group(across)))
-        return tuple(found)
+        return travels(self.base, self.compute.network)
 
     @cached_property
     def reduced(self) -> np.ndarray:

@@ -19,8 +19,9 @@ import numpy as np
 
 from parallel.layout import ORDER, Layout
 from parallel.planner.bounds import Bounds, coarse_bounds
+from parallel.planner.cuts import Tables, cuts
 from parallel.planner.evaluate import Estimate, evaluate
-from parallel.planner.memory import Holding
+from parallel.planner.memory import Holding, heaviest, shares_ends
 from parallel.planner.price import Pricing
 from parallel.planner.problem import CHOSEN, Problem
 from parallel.planner.shape import ORDERS, Candidates, joined
@@ -39,6 +40,7 @@ BATCH = 32
 class Coarse(NamedTuple):
     """Coarse rows in the order of their bounds, behind `seeds` of them: arrays, and tables that they are rows of."""
 
+    segments: Tables
     tables: list[tuple[int, dict[str, np.ndarray]]]
     """By pp: its columns, and under `bounds` those with each ZeRO stage and recompute."""
     bounds: np.ndarray
@@ -130,9 +132,10 @@ class Search:
     def _coarse(self, space: Space) -> Coarse:
         """Every coarse row that may fit, ascending by bound."""
         tables, bounds, owners, numbers = [], [np.empty(0)], [np.empty(0, int)], [np.empty(0, int)]
-        for pp, rows in space.coarse():
+        found, segments = cuts(space)
+        for pp, rows in found:
             self.result.coarse += len(rows["tp"])
-            found = coarse_bounds(space, pp, rows)
+            found = coarse_bounds(space, pp, rows, segments)
             best = found.min((0, 1))
             kept = np.flatnonzero(best < np.inf)
             bounds.append(best[kept])
@@ -143,7 +146,7 @@ class Search:
         ahead = np.concatenate([np.argsort(np.argsort(part, kind="stable")) < SEEDS for part in bounds])[order]
         order = np.concatenate([order[ahead], order[~ahead]])
         columns = (np.concatenate(parts)[order] for parts in (bounds, owners, numbers))
-        return Coarse(tables, *columns, int(ahead.sum()))
+        return Coarse(segments, tables, *columns, int(ahead.sum()))
 
     def _refine(self, space: Space, coarse: Coarse, chunk: slice) -> None:
         """Time and memory of all fine rows of a chunk, and those that may be among the best into the queue."""
@@ -152,15 +155,16 @@ class Search:
             pp, rows = coarse.tables[owner]
             own = {name: column[numbers[owners == owner]] for name, column in rows.items()}
             wanted = own.pop("bounds").transpose(1, 2, 0) < (np.inf if self.exhaustive else self._limit())
-            self._weigh(space, space.fine(pp, own, wanted))
+            base, rows = space.fine(pp, own, wanted)
+            if len(base):
+                self._weigh(space, base, coarse.segments.take(own["cut"][rows]))
         self.progress(f"{self.result.ranked:,} layouts ranked, {self.result.simulated:,} simulated")
 
-    def _weigh(self, space: Space, base: Candidates) -> None:
+    def _weigh(self, space: Space, base: Candidates, segments: Tables) -> None:
         """Time and memory of `base` under every schedule."""
-        if not len(base):
-            return
-        bounds, result = Bounds(space, base), self.result
-        sharded, recomputed = bounds.sharding(base.zero, True), bounds.recomputing(base.recompute, bounds.holding)
+        bounds, result = Bounds(space, base, segments), self.result
+        codes = np.searchsorted(space.codes, base.recompute)
+        sharded, recomputed = bounds.sharding(base.zero, True), bounds.recomputing(codes)
         limit = np.inf if self.exhaustive else self._limit()
         for name, vpp in space.pipelines(base.pp):
             result.ranked += int(runs(name, base.pp, base.micro_batches).sum())
@@ -198,7 +202,7 @@ class Search:
         for pp, rows in space.coarse():
             wanted = np.zeros((len(space.zeros), len(space.codes), len(rows["tp"])), bool)
             wanted[-1, -1], wanted[0, -1] = True, rows["dp"] * rows["cp"] == 1
-            base = space.fine(pp, rows, wanted)
+            base, _ = space.fine(pp, rows, wanted)
             holding = Holding(self.problem.shape, self.problem.seq_len, base, self.problem.constants)
             for group, taken in space.scheduled(base):
                 total = holding.memory(group, self.problem.contents(group.stages), taken).total.max(1)
@@ -278,7 +282,9 @@ class Search:
             own = np.array(numbers)
             c = replace(free.take(own), schedule=schedule, pp=pp, vpp=vpp)
             parts = problem.contents(c.stages)
-            held = holding.memory(c, parts, own, ranks=holding.heaviest(c, parts)).total.max(1)
+            held = holding.memory(c, parts, own, ranks=heaviest(c, parts, bool(shares_ends(problem.shape)))).total.max(
+                1
+            )
             found += [batch[number] for number in own[held <= problem.machine.memory]]
         return found
 

@@ -149,16 +149,18 @@ class Space:
                     found.append((name, vpp))
         return found
 
-    def fine(self, pp: int, rows: dict[str, np.ndarray], wanted: np.ndarray | None = None) -> Candidates:
+    def fine(
+        self, pp: int, rows: dict[str, np.ndarray], wanted: np.ndarray | None = None
+    ) -> tuple[Candidates, np.ndarray]:  # fmt: skip
         """Coarse `rows` with every ZeRO stage, shard group and recompute, or with those that are `wanted`: bool
-        [zeros, codes, N]. Their schedule is left open."""
+        [zeros, codes, N]; and the index of each one's row. Their schedule is left open."""
         zeros, shards, kinds = self._zeros(rows)
         if wanted is None:
             wanted = np.ones((len(self.zeros), len(self.codes), len(rows["tp"])), bool)
         choice, code, index = np.nonzero(wanted[kinds] & (zeros >= 0)[:, None, :])
-        columns = {name: column[index] for name, column in rows.items()}
+        columns = {name: column[index] for name, column in rows.items() if name in COLUMNS}
         columns |= {"zero": zeros[choice, index], "shards": shards[choice, index]}
-        return Candidates("1f1b", pp, 1, order=None, **columns, recompute=np.array(self.codes)[code])
+        return Candidates("1f1b", pp, 1, order=None, **columns, recompute=np.array(self.codes)[code]), index
 
     def scheduled(self, base: Candidates) -> Iterator[tuple[Candidates, np.ndarray]]:
         """(layouts, their rows in `base`) of every schedule and vpp that those rows can run."""

@@ -12,6 +12,7 @@ from models.checks import ConfigError
 from parallel.layout import ORDER, Layout
 from parallel.planner import Plan, Search, evaluate
 from parallel.planner.bounds import coarse_bounds
+from parallel.planner.cuts import cuts
 from parallel.planner.explain import break_even, difference, lost_by, scaled, sensitivity, verdict
 from parallel.planner.memory import Holding
 from parallel.planner.price import Pricing
@@ -41,9 +42,10 @@ def test_the_pruned_search_finds_what_simulating_every_layout_finds(name):
 def test_no_layout_beats_the_bounds_of_its_rows(name):
     question = QUESTIONS[name]
     space, checked = Space(question), 0
-    for pp, rows in space.coarse():
-        coarse = coarse_bounds(space, pp, rows)
-        base = space.fine(pp, rows)
+    coarse_rows, tables = cuts(space)
+    for pp, rows in coarse_rows:
+        coarse = coarse_bounds(space, pp, rows, tables)
+        base, _ = space.fine(pp, rows)
         pricing = Pricing(question.shape, question.seq_len, base, question.machine, question.constants)
         holding = Holding(question.shape, question.seq_len, base, question.constants)
         names = ("tp", "cp", "ulysses", "ep", "etp", "micro_batch", "sequence_parallel")

@@ -29,7 +29,7 @@ def found(question) -> set[tuple]:
     keys = [
         key(group.layout(row, {}, ORDER))
         for pp, rows in space.coarse()
-        for group, _ in space.scheduled(space.fine(pp, rows))
+        for group, _ in space.scheduled(space.fine(pp, rows)[0])
         for row in range(len(group))
     ]
     assert len(keys) == len(set(keys))
