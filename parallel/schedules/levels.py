@@ -18,8 +18,8 @@ from typing import NamedTuple
 import numpy as np
 
 from parallel.schedules.generate import check_numbers, make
-from parallel.schedules.schedule import KINDS, Schedule
-from parallel.schedules.simulate import Times, simulate
+from parallel.schedules.schedule import BACKWARD, FORWARD, INPUT, KINDS, Schedule
+from parallel.schedules.simulate import Times
 
 
 class Levels(NamedTuple):
@@ -124,19 +124,64 @@ def pattern(name: str, pp: int, vpp: int, micro_batches: int) -> Pattern:
 
 
 def _levels(schedule: Schedule) -> Levels:
-    pp, stages = schedule.pp, schedule.stages
-    timeline = simulate(schedule, Times(backward=1.0))
-    level = np.concatenate(timeline.starts).astype(int)
-    rank = np.repeat(np.arange(pp), [len(actions) for actions in schedule.actions])
-    number, _, needs, boundary, cost = np.array(schedule.steps).T
-    shape = round(timeline.makespan), pp
-    levels = Levels(np.full(shape, pp), np.full(shape, stages - 1), np.full(shape, len(KINDS) * stages))
-    levels.cost[level[number], rank[number]] = cost
-    levels.boundary[level[number], rank[number]] = boundary
-    receives = boundary < stages - 1
-    number, needs = number[receives], needs[receives]
-    levels.reach[level[number], rank[number]] = (level[number] - level[needs]) * pp + rank[number] - rank[needs]
+    """Goes from level to level, with all ranks side by side: each does its next action unless that needs another of the
+    same level. Raises ValueError where ranks wait for ever."""
+    pp, stages, m = schedule.pp, schedule.stages, schedule.micro_batches
+    cost, needs, makes = _slots(schedule)
+    done = np.full(2 * stages * m + len(SPECIAL), -1)  # at which level
+    done[SPECIAL.index("never")] = done[len(SPECIAL) :] = NEVER
+    ranks, at, level = np.arange(pp), np.zeros(pp, int), 0
+    reached, needed = np.full(needs.shape, NEVER), np.full(needs.shape, -1)
+    while True:
+        waits = needs[ranks, at]
+        ready = np.flatnonzero(done[waits] < level)
+        if not len(ready):
+            break
+        own = ready, at[ready]
+        reached[own], needed[own] = level, done[waits[ready]]
+        done[makes[own]] = level
+        at[ready] += 1
+        level += 1
+    if np.any(at < [len(actions) for actions in schedule.actions]):
+        raise ValueError(f"{schedule.name}: ranks wait for ever")
+    rank, position = np.nonzero(reached < NEVER)
+    own = rank, position
+    homes = np.array([schedule.rank_of(stage) for stage in range(stages)])
+    stage, source = cost[own] % stages, (needs[own] - len(SPECIAL)) // m % stages
+    receives = (needs[own] >= len(SPECIAL)) & (homes[source] != rank)
+    levels = Levels(*(np.full((level, pp), fill) for fill in (pp, stages - 1, len(KINDS) * stages)))
+    place = reached[own], rank
+    levels.cost[place] = cost[own]
+    levels.boundary[place] = np.where(receives, np.minimum(source, stage), stages - 1)
+    levels.reach[place] = np.where(receives, (reached[own] - needed[own]) * pp + rank - homes[source], pp)
     return levels
+
+
+SPECIAL = ("nothing", "nobody", "never")
+"""Slots of `_slots` before those of outputs: what is there at once, what nobody asks for, what never comes."""
+NEVER = 2**40
+
+
+def _slots(schedule: Schedule) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each rank's actions, and one beyond its last: `Step.cost`, the slot of the output that it needs of the
+    neighbouring stage, and that of its own; [pp, actions + 1] each."""
+    stages, m = schedule.stages, schedule.micro_batches
+    longest = max(map(len, schedule.actions))
+    cost, makes = np.zeros((2, schedule.pp, longest + 1), int)
+    needs = np.full(cost.shape, SPECIAL.index("never"))
+    for rank, actions in enumerate(schedule.actions):
+        kinds, micro_batch, stage = zip(*actions, strict=True)
+        kind = np.array([KINDS.index(name) for name in kinds])
+        micro_batch, stage = np.array(micro_batch), np.array(stage)
+        forward, back = kind == KINDS.index(FORWARD), (kind == KINDS.index(BACKWARD)) | (kind == KINDS.index(INPUT))
+        source = np.where(forward, stage - 1, stage + 1)
+        asks = (forward & (stage > 0)) | (back & (stage < stages - 1))
+        first = len(SPECIAL) + np.where(forward, 0, stages * m) + micro_batch
+        own = rank, slice(len(actions))
+        cost[own] = kind * stages + stage
+        needs[own] = np.where(asks, first + source * m, SPECIAL.index("nothing"))
+        makes[own] = np.where(forward | back, first + stage * m, SPECIAL.index("nobody"))
+    return cost, needs, makes
 
 
 class Stacked(NamedTuple):
