@@ -2,18 +2,19 @@
 
     taskset -c 0 python benchmarks/planner_speed.py
 
-`layouts_per_s`: time and memory of all fine layouts of the coarse rows whose bounds are least (qwen3_30b_a3b on 768
-ranks of cloudmatrix384), in one process, columns made and priced. `simulated_per_s`: the same layouts' schedules
-played, by batches, with nothing cached before. A search's seconds are from the question to the ranked best, imports and
-recipe apart. Peers' rates are published ones (docs/planner.md); none is run here, as none prices experts and placement.
+`layouts_per_s`: time and memory of all layouts of the cuts whose bounds are least (qwen3_30b_a3b on 768 ranks of
+cloudmatrix384), every schedule, ZeRO stage and recompute of them, the making of columns and of bounds included.
+`simulated_per_s`: the best of each schedule priced and played, by batches, with nothing cached before. A search's
+seconds are from the question to the ranked best, imports and recipe apart. Peers' rates are published ones
+(docs/planner.md); none is run here, as none prices experts and placement.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +22,10 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from parallel.planner import Problem, Search
-from parallel.planner.bounds import coarse_bounds
+from parallel.planner.bounds import Bounds, coarse_bounds
+from parallel.planner.cuts import cuts
 from parallel.planner.evaluate import price_candidates
-from parallel.planner.memory import Holding
-from parallel.planner.price import Pricing
-from parallel.planner.shape import contents
+from parallel.planner.shape import Candidates
 from parallel.planner.space import Space
 from parallel.schedules import price as play
 from trainer.compose import compose_recipe
@@ -36,7 +36,8 @@ SEARCHES = {
     "llama3_405b_16384": ("llama3_405b", "dgx_h100", 16384),
     "llama3_405b_16384_supernodes": ("llama3_405b", "cloudmatrix384_roce", 16384),
 }
-RANKED = 200_000
+FIRST, PLAYED = 2048, 64
+"""Coarse rows of each pp that are ranked, and layouts of each schedule that are simulated."""
 
 
 def question(recipe: str, topology: str, ranks: int) -> Problem:
@@ -47,32 +48,31 @@ def question(recipe: str, topology: str, ranks: int) -> Problem:
 
 def ranking(problem: Problem) -> tuple[float, float]:
     """(layouts ranked, layouts simulated) a second."""
-    space, groups, count = Space(problem), [], 0
+    space, ranked = Space(problem), 0
+    groups: list[Candidates] = []
     begin = time.perf_counter()
-    rows = []
-    for pp, columns in space.coarse():
-        bounds = coarse_bounds(space, pp, columns).min((0, 1))
-        rows.append((pp, columns, np.argsort(bounds)[:2048]))
-    for pp, columns, first in rows:
-        base = space.fine(pp, {name: column[first] for name, column in columns.items()})
-        pricing = Pricing(problem.shape, problem.seq_len, base, problem.machine, problem.constants)
-        holding = Holding(problem.shape, problem.seq_len, base, problem.constants)
-        for group, taken in space.scheduled(base):
-            if count < RANKED:
-                parts = contents(problem.model, group.stages)
-                _ = holding.memory(group, parts, taken).total.max(1)
-                groups.append(pricing.prices(group, parts, taken))
-                _ = groups[-1].bound
-                count += len(group)
-    ranked = count / (time.perf_counter() - begin)
+    found, segments = cuts(space)
+    for pp, rows in found:
+        bounds = coarse_bounds(space, pp, rows, segments).min((0, 1))
+        first = np.argsort(bounds)[:FIRST]
+        own = {name: column[first] for name, column in rows.items()}
+        base, owners = space.fine(pp, own)
+        weighed = Bounds(space, base, segments.take(own["cut"][owners]))
+        sharded = weighed.sharding(base.zero, True)
+        recomputed = weighed.recomputing(np.searchsorted(space.codes, base.recompute))
+        for name, vpp in space.pipelines(pp):
+            seconds, held = weighed.scheduled(name, vpp, sharded, recomputed)
+            ranked += int(np.isfinite(held).sum())
+            best = np.argsort(seconds)[:PLAYED]
+            if np.isfinite(held[best]).all():
+                groups.append(replace(base.take(best), schedule=name, vpp=vpp, order=np.zeros(len(best), int)))
+    rate = ranked / (time.perf_counter() - begin)
     begin, played = time.perf_counter(), 0
-    for prices in groups[::8]:
-        first = dataclasses.replace(prices.candidates)
-        some = price_candidates(problem, first.take(np.arange(min(64, len(first)))))
-        c = some.candidates
-        play(c.schedule, c.pp, c.vpp, c.micro_batches, some.times)
-        played += len(some.candidates)
-    return ranked, played / (time.perf_counter() - begin)
+    for c in groups:
+        prices = price_candidates(problem, c)
+        play(c.schedule, c.pp, c.vpp, c.micro_batches, prices.times)
+        played += len(c)
+    return rate, played / (time.perf_counter() - begin)
 
 
 def main() -> None:

@@ -74,20 +74,17 @@ def _ends(name: str, pp: int, vpp: int, micro_batches: int) -> _Ends:
     first, last = np.zeros((2, 2 * stages), int)
     before, after = np.zeros((2, 2 * stages, len(KINDS) * stages))
     for actions in make(name, pp, vpp, micro_batches).actions:
-        costs = [KINDS.index(kind) * stages + stage for kind, _, stage in actions]
-        done = np.zeros((len(actions) + 1, before.shape[1]))
-        done[np.arange(len(actions)) + 1, costs] = 1
-        done = done.cumsum(0)
+        costs = np.array([KINDS.index(kind) * stages + stage for kind, _, stage in actions])
         ups, downs = ([], []), ([], [])
         for at, (kind, micro_batch, stage) in enumerate(actions):
             back = kind != FORWARD
             if micro_batch == 0 and kind != WEIGHT:
                 place = -1 - stage if back else stage
-                first[place], before[place] = costs[at], done[at]
+                first[place], before[place] = costs[at], np.bincount(costs[:at], minlength=before.shape[1])
                 ups[back].append(at)
             if micro_batch == micro_batches - 1 and kind != WEIGHT:
                 place = stage if back else -1 - stage
-                last[place], after[place] = costs[at], done[-1] - done[at + 1]
+                last[place], after[place] = costs[at], np.bincount(costs[at + 1 :], minlength=after.shape[1])
                 downs[not back].append(at)
         begun = [min(downs[0]), min(map(min, downs))]
         ordered.append([[end <= begin for begin in begun] for end in (max(ups[0]), max(map(max, ups)))])
@@ -178,7 +175,11 @@ def _held(name: str, pp: int, vpp: int, micro_batches: int) -> list[np.ndarray]:
         for change, (kind, _, stage) in zip(changes, actions, strict=True):
             change[0, place[stage]] = {FORWARD: 1, WEIGHT: 0}.get(kind, -1)
             change[1, place[stage]] = {INPUT: 1, WEIGHT: -1}.get(kind, 0)
-        held = np.unique(changes.reshape(len(actions), -1).cumsum(0), axis=0)
-        less = [np.count_nonzero((held >= row).all(1)) > 1 for row in held]
-        found.append(held[~np.array(less)])
+        held, changes = changes.reshape(len(actions), -1).cumsum(0), changes.reshape(len(actions), -1)
+        peaks = np.append((changes[1:] < 0).any(1), True)  # before something is let go
+        held = np.unique(held[peaks], axis=0)
+        less = [
+            np.flatnonzero((held[:, None] >= held[i : i + 64]).all(2).sum(0) > 1) + i for i in range(0, len(held), 64)
+        ]
+        found.append(np.delete(held, np.concatenate(less), 0))
     return found

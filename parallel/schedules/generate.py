@@ -106,8 +106,8 @@ def _defer_weights(order: list[Action], delay: int) -> list[Action]:
         if action.kind == FORWARD:
             split.append(action)
             continue
-        split.append(action._replace(kind=INPUT))
-        pending.append(action._replace(kind=WEIGHT))
+        split.append(Action(INPUT, *action[1:]))
+        pending.append(Action(WEIGHT, *action[1:]))
         if len(pending) > delay:
             split.append(pending.popleft())
     return [*split, *pending]

@@ -11,11 +11,10 @@ from problems import dense, machine, problem, sparse
 from models.checks import ConfigError
 from parallel.layout import ORDER, Layout
 from parallel.planner import Plan, Search, evaluate
-from parallel.planner.bounds import coarse_bounds
+from parallel.planner.bounds import Bounds, coarse_bounds
 from parallel.planner.cuts import cuts
 from parallel.planner.explain import break_even, difference, lost_by, scaled, sensitivity, verdict
-from parallel.planner.memory import Holding
-from parallel.planner.price import Pricing
+from parallel.planner.memory import Holding, heaviest, shares_ends
 from parallel.planner.shape import contents
 from parallel.planner.space import Space
 
@@ -42,30 +41,44 @@ def test_the_pruned_search_finds_what_simulating_every_layout_finds(name):
 def test_no_layout_beats_the_bounds_of_its_rows(name):
     question = QUESTIONS[name]
     space, checked = Space(question), 0
-    coarse_rows, tables = cuts(space)
-    for pp, rows in coarse_rows:
-        coarse = coarse_bounds(space, pp, rows, tables)
-        base, _ = space.fine(pp, rows)
-        pricing = Pricing(question.shape, question.seq_len, base, question.machine, question.constants)
-        holding = Holding(question.shape, question.seq_len, base, question.constants)
-        names = ("tp", "cp", "ulysses", "ep", "etp", "micro_batch", "sequence_parallel")
-        keys = {tuple(int(rows[n][i]) for n in names): i for i in range(len(rows["tp"]))}
+    found, segments = cuts(space)
+    for pp, rows in found:
+        coarse = coarse_bounds(space, pp, rows, segments)
+        base, owners = space.fine(pp, rows)
+        bounds = Bounds(space, base, segments.take(rows["cut"][owners]))
+        sharded = bounds.sharding(base.zero, True)
+        recomputed = bounds.recomputing(np.searchsorted(space.codes, base.recompute))
         for group, taken in space.scheduled(base):
-            parts = contents(question.model, group.stages)
-            bound = pricing.prices(group, parts, taken).bound
-            held = holding.memory(group, parts, taken).total.max(1)
+            seconds, held = bounds.scheduled(group.schedule, group.vpp, sharded, recomputed)
             for row in range(0, len(group), 5):
-                layout = group.layout(row, {}, ORDER)
-                estimate = evaluate(question, [layout])[0]
-                zero, code = space.zeros.index(layout.zero), int(group.recompute[row])
-                place = keys[tuple(int(getattr(group, n)[row]) for n in names)]
-                assert estimate.step >= bound[row] * (1 - 1e-12)
+                estimate = evaluate(question, [group.layout(row, {}, ORDER)])[0]
+                layout, own = estimate.layout, taken[row]
+                zero = space.zeros.index(layout.zero if layout.dp * layout.cp > 1 else 0)
+                least = coarse[zero, space.codes.index(group.recompute[row]), owners[own]]
+                assert estimate.peak >= held[own] * (1 - 1e-12)
                 assert estimate.step >= estimate.bound * (1 - 1e-12)
-                assert estimate.peak >= held[row] * (1 - 1e-12)
-                least = coarse[zero if layout.dp * layout.cp > 1 else 0, space.codes.index(code), place]
+                assert estimate.step >= estimate.prices.rough[0] * (1 - 1e-12)
                 assert not estimate.fits or least <= estimate.step * (1 + 1e-12)
+                assert not estimate.fits or seconds[own] <= estimate.step * (1 + 1e-12)
                 checked += 1
     assert checked > 20
+
+
+@pytest.mark.parametrize("name", ["dense", "experts", "little memory"])
+def test_the_fullest_rank_is_among_those_that_are_looked_at(name):
+    question = QUESTIONS[name]
+    space, k = Space(question), question.constants
+    shared, fewer = bool(shares_ends(question.shape)), 0
+    for pp, rows in space.coarse():
+        base, _ = space.fine(pp, rows)
+        holding = Holding(question.shape, question.seq_len, base, k)
+        for group, taken in space.scheduled(base):
+            parts = contents(question.model, group.stages)
+            ranks = heaviest(group, parts, shared)
+            every, some = (holding.memory(group, parts, taken, ranks=own).total.max(1) for own in (None, ranks))
+            assert np.array_equal(every, some)
+            fewer += len(ranks) < pp
+    assert fewer > 0
 
 
 def test_terms_add_up_to_the_step():
