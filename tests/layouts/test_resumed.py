@@ -15,14 +15,14 @@ BALANCED = (
 )  # fmt: skip
 """The bias of the choice moves so far that it changes what some tokens choose."""
 CUT = {
-    "tp x zero 2": ["layout.tp=2", "layout.dp=2", "layout.zero=2"],
+    "zero 2": ["layout.dp=2", "layout.zero=2"],
     "ep x zero 3": ["layout.dp=2", "layout.ep=2", "layout.zero=3", "metrics.routing=true", *BALANCED],
 }
 COMMON = ("train.precision=fp64", "optimizer.lr=3e-4", "train.steps=4", "checkpoint.every=2", "train.eval_every=0")
 
 
 OTHER = {
-    "tp x zero 2": ["layout.pp=2", "layout.micro_batch=1"],
+    "zero 2": ["layout.pp=2", "layout.micro_batch=1"],
     "ep x zero 3": ["layout.tp=2", *BALANCED],
 }
 """Layouts of two ranks that go on."""
@@ -41,10 +41,9 @@ def resumed(busway, name, before, *keys):
 
 @pytest.fixture(scope="module")
 def runs(busway):
-    """(whether it is whole, goes on in another layout or in its own, name) -> run; in two worlds."""
+    """(whether it is whole, goes on in another layout or in its own, name) -> run; in one world."""
     whole, other, again = ({name: slug(kind, name) for name in CUT} for kind in ("whole", "other", "again"))
     begun = {name: started(busway, whole[name], *keys) for name, keys in CUT.items()}
-    run_world(busway, 4, [begun.pop("tp x zero 2")])
     goes_on = [resumed(busway, other[name], whole[name], *keys) for name, keys in OTHER.items()]
     goes_on += [resumed(busway, again[name], whole[name], *CUT[name]) for name in AGAIN]
     run_world(busway, 2, [*begun.values(), *goes_on])
@@ -54,7 +53,7 @@ def runs(busway):
 
 
 @pytest.mark.parametrize(
-    "name", OTHER, ids=["slices of tp and zero as stages of a pipeline", "experts' pieces and biases over tp"]
+    "name", OTHER, ids=["slices of zero as stages of a pipeline", "experts' pieces and biases over tp"]
 )
 def test_moments_and_biases_go_on_under_another_layout(runs, name):
     first, other = runs["whole", name], runs["other", name]

@@ -48,7 +48,7 @@ VARIANTS = {
     "a further token, tied": {"mtp": PredictionConfig(depth=1), "tied_embeddings": True},
 }  # fmt: skip
 
-QUICK = ("qwen3", "deepseek", "further tokens")
+QUICK = ("qwen3", "deepseek")
 """Those that every test run tries."""
 UNLIKE = ("llama", "qwen3_moe", "deepseek")
 """With two layers, most of which are not alike."""

@@ -229,7 +229,13 @@ class Step(nn.Cell):
 
 @pytest.mark.parametrize(
     ("family", "kernels"),
-    [*((family, "auto") for family in (*FAMILIES, PUBLISHED)), *((f, "plain") for f in ("qwen2", "mixtral"))],
+    [
+        *((family, "auto") for family in FAMILIES),
+        *(
+            pytest.param(*own, marks=pytest.mark.slow)
+            for own in (("qwen2", "plain"), ("mixtral", "plain"), (PUBLISHED, "auto"))
+        ),
+    ],
 )
 def test_logits_loss_and_gradients_are_those_of_transformers(family, kernels):
     if kernels == "auto" and native.missing():

@@ -191,7 +191,7 @@ def test_a_second_signal_ends_a_run_at_once_and_the_summary_says_so(busway):
     assert (summary["status"], summary["exit_code"]) == ("stopped_at_once", 130)
 
 
-@pytest.mark.parametrize("model", [(), EXPERTS], ids=["dense", "experts"])
+@pytest.mark.parametrize("model", [(), pytest.param(EXPERTS, marks=pytest.mark.slow)], ids=["dense", "experts"])
 def test_a_loss_that_is_not_finite_stops_both_ranks_and_spares_the_last_good_checkpoint(busway, model):
     overrides = ("layout.dp=2", "optimizer.lr=1e30", "checkpoint.every=1")
     run = busway.train(f"wild-{len(model)}", *overrides, *model, code=16)

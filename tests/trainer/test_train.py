@@ -169,7 +169,7 @@ def test_the_saved_recipe_starts_a_run_of_its_own(run, busway, tmp_path):
     assert again.recipe.launcher.kind == "auto"
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_reader_that_has_seen_enough_does_not_end_the_run(busway, ranks):
     process = busway.start("train", *busway.words(f"unread-{ranks}", f"layout.dp={ranks}"))
     process.stdout.readline()
