@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from parallel.planner.communication import Group, Network
+from parallel.planner.communication import Network
 from parallel.planner.cuts import Tables
 from parallel.planner.memory import (
     ALONE,
@@ -29,12 +29,11 @@ from parallel.planner.memory import (
     shares_ends,
 )
 from parallel.planner.price import ACROSS, NEAR, WHOLE, travels
-from parallel.planner.problem import Problem
-from parallel.planner.shape import KINDS, Candidates, Column, places
+from parallel.planner.shape import KINDS, Candidates, Column, Load
 from parallel.planner.space import Space, runs
 from parallel.schedules import SPLIT
 
-CHUNK = 8192
+CHUNK = 16384
 """Rows that are bounded together: enough to outweigh a call, few enough for the cache."""
 
 
@@ -88,33 +87,18 @@ class Sharded(NamedTuple):
     """Bytes that a rank gathers of its largest segment, for each of its elements."""
 
 
-class Load(NamedTuple):
-    """What each rank of a pipeline holds of a model."""
-
-    own: np.ndarray
-    """[pp, kinds] segments."""
-    before: np.ndarray
-    """[pp, kinds]: those of the stages that the first micro-batch goes through before."""
-
-    def slowest(self, split: bool, m: np.ndarray, forward: np.ndarray, backward: np.ndarray, weight: np.ndarray):
-        """[N] seconds of the rank that is done last, by seconds [kinds, N] of one segment: all passes, behind the
-        forwards of the first micro-batch before it, and before the backwards of the last. Of backwards that are
-        `split` the weights' halves may come behind."""
-        _, last = np.unique(self.own[::-1], axis=0, return_index=True)  # of ranks that hold the same, the last
-        own, before = self.own[::-1][last], self.before[::-1][last]
-        if not split:
-            return ((own * 1.0) @ (forward + backward) * m + before @ (forward + backward)).max(0)
-        inputs = forward + backward - weight
-        ends = own @ inputs * m + before @ inputs
-        return np.maximum(ends, own @ (forward + backward) * m + before @ forward).max(0)
-
-
-def load(problem: Problem, name: str, pp: int, vpp: int) -> Load:
-    """Of a schedule."""
-    parts = problem.contents(pp * vpp)
-    counts = np.stack([parts.counts(kind) for kind in KINDS], -1)
-    place, _ = places(name, pp, pp * vpp + 1)
-    return Load((place[:, None] == np.arange(pp)).T @ counts, np.cumsum(counts[:pp], 0) - counts[:pp])
+def slowest(
+    load: Load, split: bool, m: np.ndarray, forward: np.ndarray, backward: np.ndarray, weight: np.ndarray
+) -> np.ndarray:  # fmt: skip
+    """[N] seconds of the rank that is done last, by seconds [kinds, N] of one segment: all passes, behind the forwards
+    of the first micro-batch before it, and before the backwards of the last. Of backwards that are `split` the weights'
+    halves may come behind."""
+    own, before = load.own[load.last], load.before[load.last]
+    passes = forward + backward
+    if not split:
+        return (own @ passes * m + before @ passes).max(0)
+    inputs = passes - weight
+    return np.maximum(own @ inputs * m + before @ inputs, own @ passes * m + before @ forward).max(0)
 
 
 class Bounds:
@@ -188,16 +172,16 @@ class Bounds:
         """[N] seconds of the passes of a step, under the schedule that takes least."""
         ways: dict[bytes, tuple[Load, bool]] = {}
         for name, vpp in self.space.pipelines(self.c.pp):
-            found = load(self.problem, name, self.c.pp, vpp)
-            other, split = ways.get(found.own.tobytes(), (found, False))
-            ways[found.own.tobytes()] = Load(found.own, np.minimum(found.before, other.before)), split or name in SPLIT
+            found = self.problem.load(name, self.c.pp, vpp)
+            key = found.own.tobytes()
+            other, split = ways.get(key, (found, False))
+            ways[key] = found._replace(before=np.minimum(found.before, other.before)), split or name in SPLIT
         times = self.c.micro_batches, self.tables.forward, recomputed.backward, self.tables.weight
-        return np.min([way.slowest(split, *times) for way, split in ways.values()], 0) * (1 - 1e-12)
+        return np.min([slowest(way, split, *times) for way, split in ways.values()], 0) * (1 - 1e-12)
 
     def _slowest(self, name: str, vpp: int, split: bool, forward: np.ndarray, backward: np.ndarray) -> np.ndarray:
-        found = load(self.problem, name, self.c.pp, vpp)
         times = forward, backward, self.tables.weight
-        return found.slowest(split, self.c.micro_batches, *times) * (1 - 1e-12)
+        return slowest(self.problem.load(name, self.c.pp, vpp), split, self.c.micro_batches, *times) * (1 - 1e-12)
 
     def behind(self, sharded: Sharded, recomputed: Recomputed) -> np.ndarray:
         """[N] seconds behind the pipeline: gradients that nothing hides, and the optimizer."""
@@ -224,7 +208,7 @@ class Bounds:
         seconds, legal = np.full(len(c), np.inf), runs(name, c.pp, c.micro_batches)
         if not legal.any():
             return seconds, seconds
-        parts, own = self.problem.contents(c.stages), load(self.problem, name, c.pp, vpp).own
+        parts, own = self.problem.contents(c.stages), self.problem.load(name, c.pp, vpp).own
         ranks = heaviest(replace(c, micro_batches=c.micro_batches[legal]), parts, self.shared)
         own = own[ranks]
         stored = own.copy()
@@ -255,17 +239,14 @@ class Bounds:
     def fixed(self) -> np.ndarray:
         return GIB * (self.k.reserve + self.k.buffers * communicators(replace(self.c, zero=0)))
 
-    @cached_property
-    def groups(self) -> tuple[tuple[Group, Group, Group], ...]:
-        return travels(self.c, Network(self.problem.machine, self.k))
-
     def _halves(self, which: int) -> np.ndarray:
         """[kinds, N]: see `Pricing`."""
         c, found = self.c, 0.0
-        for elements, groups, shards in zip(
-            (self.tables.elements, self.tables.experts), self.groups, (c.shards, c.expert_shards), strict=True
+        groups = travels(c, Network(self.problem.machine, self.k), which)
+        for elements, group, shards in zip(
+            (self.tables.elements, self.tables.experts), groups, (c.shards, c.expert_shards), strict=True
         ):
-            found = found + elements * (groups[which].half_byte / (np.maximum(shards, 1) if which == ACROSS else 1))
+            found = found + elements * (group.half_byte / (np.maximum(shards, 1) if which == ACROSS else 1))
         return found
 
     @cached_property

@@ -21,7 +21,7 @@ from parallel.planner.shape import KINDS, Candidates, Column, Contents, Shape, p
 from parallel.schedules import SPLIT, Times, lower_bound
 
 WHOLE, NEAR, ACROSS = range(3)
-"""Of the groups that gradients travel over (`Pricing.groups`)."""
+"""Of the groups that gradients travel over (`travels`)."""
 
 
 @dataclass(frozen=True)
@@ -108,14 +108,14 @@ def price(
     return Pricing(shape, seq_len, candidates, machine, constants).prices(candidates, parts, terms=terms)
 
 
-def travels(c: Candidates, network: Network) -> tuple[tuple[Group, Group, Group], ...]:
-    """Over which gradients of dense weights, and of experts, travel: all ranks, the parts of them that share one set of
-    pieces, and those across which pieces are the same."""
+def travels(c: Candidates, network: Network, which: int) -> tuple[Group, Group]:
+    """Over which gradients of dense weights, and of experts, travel: all ranks (`WHOLE`), the parts of them that share
+    one set of pieces (`NEAR`), or those across which pieces are the same (`ACROSS`)."""
     found = []
     for own, shards in ((factors(c, ("dp", "cp")), c.shards), (expert_factors(c, "edp"), c.expert_shards)):
-        near, across = cut(own, np.where(c.zero > 0, shards, 1))
-        found.append((network.group(own), network.group(near), network.group(across)))
-    return tuple(found)
+        parts = own if which == WHOLE else cut(own, np.where(c.zero > 0, shards, 1))[which - 1]
+        found.append(network.group(parts))
+    return found[0], found[1]
 
 
 class Pricing:
@@ -125,6 +125,7 @@ class Pricing:
         self, shape: Shape, seq_len: Column, base: Candidates, machine: Machine, k: Constants, sparse: bool = True
     ) -> None:  # fmt: skip
         self.shape, self.base, self.machine, self.k, self.rows = shape, base, machine, k, len(base)
+        self._groups: dict[int, tuple[Group, Group]] = {}
         self.compute = Compute(shape, seq_len, base, machine, k)
         self.passes = self.compute.passes(sparse and bool(np.any(shape.experts)))
         found = {kind: self.passes.get(kind, Passes()) for kind in KINDS}
@@ -151,9 +152,11 @@ class Pricing:
             found[:, KINDS.index(kind)] = value
         return found
 
-    @cached_property
-    def groups(self) -> tuple[tuple[Group, Group, Group], ...]:
-        return travels(self.base, self.compute.network)
+    def groups(self, which: int) -> tuple[Group, Group]:
+        """See `travels`; worked out once."""
+        if which not in self._groups:
+            self._groups[which] = travels(self.base, self.compute.network, which)
+        return self._groups[which]
 
     @cached_property
     def reduced(self) -> np.ndarray:
@@ -172,20 +175,20 @@ class Pricing:
 
     def _halves(self, which: int) -> np.ndarray:
         c, found = self.base, 0.0
-        for elements, groups, shards in zip(
-            (self.elements, self.experts), self.groups, (c.shards, c.expert_shards), strict=True
+        for elements, group, shards in zip(
+            (self.elements, self.experts), self.groups(which), (c.shards, c.expert_shards), strict=True
         ):
-            each = groups[which].half_byte / (np.maximum(shards, 1) if which == ACROSS else 1)
+            each = group.half_byte / (np.maximum(shards, 1) if which == ACROSS else 1)
             found = found + elements * self.column(each)
         return found
 
     def calls(self, which: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """[N, kinds] whether there are dense weights, or experts; and [N, 1] what one of their collectives costs beside
         its bytes."""
-        pairs = zip((self.elements, self.experts), self.groups, strict=True)
+        pairs = zip((self.elements, self.experts), self.groups(which), strict=True)
         return [
-            ((elements > 0).astype(float), np.broadcast_to(self.column(groups[which].half_call), (self.rows, 1)))
-            for elements, groups in pairs
+            ((elements > 0).astype(float), np.broadcast_to(self.column(group.half_call), (self.rows, 1)))
+            for elements, group in pairs
         ]
 
     @cached_property

@@ -14,7 +14,7 @@ from models.config import ModelConfig
 from parallel.layout import Layout
 from parallel.planner.constants import Constants, Fit, constants, tables
 from parallel.planner.machine import Machine, machine
-from parallel.planner.shape import Contents, Shape, contents
+from parallel.planner.shape import Contents, Load, Shape, contents, load
 from parallel.topology import Level, Topology
 
 CHOSEN = (
@@ -76,6 +76,11 @@ class Problem:
     def contents(self) -> Callable[..., Contents]:
         """`shape.contents` of the model, kept: of a number of stages, and their sizes where they are given."""
         return cache(partial(contents, self.model))
+
+    @cached_property
+    def load(self) -> Callable[..., Load]:
+        """`shape.load` of the model, kept: of a schedule, pp and vpp."""
+        return cache(partial(load, self.model))
 
     @cached_property
     def flops_per_token(self) -> int:

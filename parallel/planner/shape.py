@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import permutations
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -232,3 +232,24 @@ def contents(config: ModelConfig, stages: int, sizes: tuple[int, ...] | None = N
                 kind = "sparse" if config.moe.in_layer(segment - 1) else "dense"
             table[KINDS.index(kind), stage] += 1
     return Contents(*table)
+
+
+class Load(NamedTuple):
+    """What each rank of a pipeline holds of a model."""
+
+    own: np.ndarray
+    """[pp, kinds] segments."""
+    before: np.ndarray
+    """[pp, kinds]: those of the stages that the first micro-batch goes through before."""
+    last: np.ndarray
+    """Of ranks that hold the same, the last one."""
+
+
+def load(config: ModelConfig, schedule: str, pp: int, vpp: int) -> Load:
+    """Of a schedule."""
+    parts = contents(config, pp * vpp)
+    counts = np.stack([parts.counts(kind) for kind in KINDS], -1)
+    place, _ = places(schedule, pp, pp * vpp + 1)
+    own = (place[:, None] == np.arange(pp)).T @ counts
+    _, last = np.unique(own[::-1], axis=0, return_index=True)
+    return Load(own, np.cumsum(counts[:pp], 0) - counts[:pp], pp - 1 - last)
