@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import permutations
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,10 +31,10 @@ SEEDS = 32
 """Coarse rows of each pp that are refined before all others: what they lead to spares most of the rest."""
 CHUNKS = (512, 8192)
 """Coarse rows that are refined together: at first, and at most; each time four times as many."""
-FRONT = 24
+FRONT = 16
 """Shares of the memory, of each of which the front has at most one layout."""
-BATCH = 32
-"""Fine rows that are placed and simulated together."""
+PLACED, SIMULATED = 128, 16
+"""Fine rows that are placed, and layouts that are simulated, together."""
 
 
 class Coarse(NamedTuple):
@@ -58,6 +58,19 @@ class Fine(NamedTuple):
     number: int
     group: Candidates
     row: int
+
+
+class Placed(NamedTuple):
+    """A layout in the queue, by its bound."""
+
+    bound: float
+    memory: float
+    number: int
+    owner: int
+    """The number of its fine row."""
+    group: Candidates
+    row: int
+    order: tuple[str, ...]
 
 
 @dataclass
@@ -93,6 +106,9 @@ class Search:
     """Layouts that take as many seconds a step are of no interest."""
     result: Result = field(default_factory=lambda: Result([], []))
     _queue: list[Fine] = field(default_factory=list)
+    _placed: list[Placed] = field(default_factory=list)
+    _known: dict[int, Estimate] = field(default_factory=dict)
+    """The best of each fine row."""
     _number: int = 0
     _front: dict[int, tuple[float, Candidates, int]] = field(default_factory=dict)
 
@@ -102,18 +118,22 @@ class Search:
         space = Space(self.problem)
         coarse = self._coarse(space)
         self._refine(space, coarse, slice(coarse.seeds))
+        self._place()
         self._simulate()
         position, chunk = coarse.seeds, CHUNKS[0]
         while True:
             upcoming = coarse.bounds[position] if position < len(coarse.bounds) else np.inf
-            waiting = self._queue[0].bound if self._queue else np.inf
-            least = min(upcoming, waiting)
+            waiting, placed = (queue[0].bound if queue else np.inf for queue in (self._queue, self._placed))
+            least = min(upcoming, waiting, placed)
             if least == np.inf or least >= self._limit() and not self.exhaustive:
                 break
-            if upcoming <= waiting:
+            if least == placed:
+                self._simulate()
+            elif least == waiting:
+                self._place()
+            else:
                 self._refine(space, coarse, slice(position, position + chunk))
                 position, chunk = position + chunk, min(4 * chunk, CHUNKS[1])
-            self._simulate()
         if not self.result.best and self.result.nearest is None:
             self._least(space)
         self.result.best.sort(key=lambda found: (found.step, found.peak))
@@ -224,30 +244,37 @@ class Search:
         rest = [axis for axis in ORDER if sizes[axis] == 1]
         return [(*order, *rest) for order in permutations(used)]
 
+    def _heads(self, queue: list[Any], most: int) -> list[Any]:
+        """Up to so many from the head of a queue that are below the limit; what is not goes."""
+        found, limit = [], np.inf if self.exhaustive else self._limit()
+        while queue and len(found) < most:
+            first = heapq.heappop(queue)
+            if first.bound < limit:
+                found.append(first)
+        return found
+
     def _simulate(self) -> None:
-        """Place and simulate the rows at the head of the queue."""
-        batch: list[Fine] = []
-        limit = np.inf if self.exhaustive else self._limit()
-        while self._queue and len(batch) < BATCH:
-            fine = heapq.heappop(self._queue)
-            if fine.bound < limit:
-                batch.append(fine)
-        batch = self._fitting(batch) if batch else []
-        if not batch:
-            return
-        placed = list(self._placed(batch, limit))
+        """Simulate the layouts at the head of their queue."""
+        heads = self._heads(self._placed, SIMULATED)
+        layouts = [self._layout(head.group, head.row, head.order) for head in heads]
         best: dict[int, Estimate] = {}
-        estimates = evaluate(self.problem, [self._layout(batch[n].group, batch[n].row, order) for n, order in placed])
-        for (number, _), estimate in zip(placed, estimates, strict=True):
-            if estimate.fits and (number not in best or estimate.step < best[number].step):
-                best[number] = estimate
-        self.result.simulated += len(placed)
+        for head, estimate in zip(heads, evaluate(self.problem, layouts), strict=True):
+            known = self._known.get(head.owner)
+            if estimate.fits and (known is None or estimate.step < known.step):
+                self._known[head.owner] = best[head.owner] = estimate
+                if known is not None:
+                    self.result.best.remove(known)
+        self.result.simulated += len(layouts)
         self.result.best += best.values()
 
-    def _placed(self, batch: list[Fine], limit: float) -> Iterator[tuple[int, tuple[str, ...]]]:
-        """(number in the batch, order) of every nesting that may be below the limit, and of which no other costs less
-        in some passes or messages and no more in any."""
-        problem, numbers, orders = self.problem, [], []
+    def _place(self) -> None:
+        """Place the fine rows at the head of their queue: those nestings into the other one of which no other costs
+        less in some passes or messages and no more in any."""
+        problem, batch = self.problem, self._heads(self._queue, PLACED)
+        batch = self._fitting(batch) if batch else batch
+        if not batch:
+            return
+        numbers, orders = [], []
         for number, fine in enumerate(batch):
             for order in self._orders(fine.group, fine.row):
                 numbers.append(number)
@@ -255,38 +282,39 @@ class Search:
         free = joined([fine.group.take(np.array([fine.row])) for fine in batch])
         base = replace(free.take(np.array(numbers)), order=np.array([ORDERS.index(order) for order in orders]))
         pricing = Pricing(problem.shape, problem.seq_len, base, problem.machine, problem.constants)
-        groups: dict[tuple, list[int]] = {}
-        for row, number in enumerate(numbers):
-            group = batch[number].group
-            groups.setdefault((group.schedule, group.pp, group.vpp), []).append(row)
-        for (schedule, pp, vpp), rows in groups.items():
-            own = np.array(rows)
+        limit = np.inf if self.exhaustive else self._limit()
+        for (schedule, pp, vpp), own in _alike([batch[number].group for number in numbers]).items():
             c = replace(base.take(own), schedule=schedule, pp=pp, vpp=vpp)
             prices = pricing.prices(c, problem.contents(c.stages), own)
             kept = _undominated(np.array(numbers)[own], prices.everything)
-            kept = kept[prices.rough[kept] < limit]
-            if len(kept):
-                kept = kept[prices.rows(kept).bound < limit]
-            yield from ((numbers[rows[row]], orders[rows[row]]) for row in kept)
+            rough = prices.rough
+            for row in kept[rough[kept] < limit].tolist():
+                fine, self._number = batch[numbers[own[row]]], self._number + 1
+                bound = max(fine.bound, float(rough[row]))
+                placed = Placed(bound, fine.memory, self._number, fine.number, fine.group, fine.row, orders[own[row]])
+                heapq.heappush(self._placed, placed)
 
     def _fitting(self, batch: list[Fine]) -> list[Fine]:
         """Those that fit into memory, as far as is known before they are simulated."""
         problem = self.problem
         free = joined([fine.group.take(np.array([fine.row])) for fine in batch])
         holding = Holding(problem.shape, problem.seq_len, free, problem.constants)
-        groups: dict[tuple, list[int]] = {}
-        for number, fine in enumerate(batch):
-            groups.setdefault((fine.group.schedule, fine.group.pp, fine.group.vpp), []).append(number)
         found: list[Fine] = []
-        for (schedule, pp, vpp), numbers in groups.items():
-            own = np.array(numbers)
+        for (schedule, pp, vpp), own in _alike([fine.group for fine in batch]).items():
             c = replace(free.take(own), schedule=schedule, pp=pp, vpp=vpp)
             parts = problem.contents(c.stages)
-            held = holding.memory(c, parts, own, ranks=heaviest(c, parts, bool(shares_ends(problem.shape)))).total.max(
-                1
-            )
+            ranks = heaviest(c, parts, bool(shares_ends(problem.shape)))
+            held = holding.memory(c, parts, own, ranks=ranks).total.max(1)
             found += [batch[number] for number in own[held <= problem.machine.memory]]
         return found
+
+
+def _alike(groups: list[Candidates]) -> dict[tuple[str, int, int], np.ndarray]:
+    """Indices of those of one schedule, pp and vpp."""
+    found: dict[tuple[str, int, int], list[int]] = {}
+    for index, group in enumerate(groups):
+        found.setdefault((group.schedule, group.pp, group.vpp), []).append(index)
+    return {key: np.array(indices) for key, indices in found.items()}
 
 
 def _undominated(owners: np.ndarray, costs: np.ndarray) -> np.ndarray:
