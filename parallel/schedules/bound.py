@@ -11,7 +11,7 @@ import numpy as np
 from parallel.schedules.generate import check_numbers, make
 from parallel.schedules.levels import by_pattern, count_of, rows, stack
 from parallel.schedules.price import price
-from parallel.schedules.schedule import FORWARD, INPUT, KINDS, WEIGHT, Schedule
+from parallel.schedules.schedule import BACKWARD, FORWARD, INPUT, KINDS, WEIGHT, Schedule
 from parallel.schedules.simulate import Times
 
 
@@ -73,16 +73,17 @@ def _ends(name: str, pp: int, vpp: int, micro_batches: int) -> _Ends:
     stages, ordered = pp * vpp, []
     first, last = np.zeros((2, 2 * stages), int)
     before, after = np.zeros((2, 2 * stages, len(KINDS) * stages))
-    for actions in make(name, pp, vpp, micro_batches).actions:
-        costs = np.array([KINDS.index(kind) * stages + stage for kind, _, stage in actions])
+    for kinds, numbers, own in make(name, pp, vpp, micro_batches).columns:
+        costs = kinds * stages + own
         ups, downs = ([], []), ([], [])
-        for at, (kind, micro_batch, stage) in enumerate(actions):
-            back = kind != FORWARD
-            if micro_batch == 0 and kind != WEIGHT:
+        ends = ((numbers == 0) | (numbers == micro_batches - 1)) & (kinds != KINDS.index(WEIGHT))
+        for at in np.flatnonzero(ends).tolist():
+            back, stage = kinds[at] != KINDS.index(FORWARD), own[at]
+            if numbers[at] == 0:
                 place = -1 - stage if back else stage
                 first[place], before[place] = costs[at], np.bincount(costs[:at], minlength=before.shape[1])
                 ups[back].append(at)
-            if micro_batch == micro_batches - 1 and kind != WEIGHT:
+            if numbers[at] == micro_batches - 1:
                 place = stage if back else -1 - stage
                 last[place], after[place] = costs[at], np.bincount(costs[at + 1 :], minlength=after.shape[1])
                 downs[not back].append(at)
@@ -160,6 +161,10 @@ def peak_live(
     return most
 
 
+TAKES = np.array([{FORWARD: (1, 0), BACKWARD: (-1, 0), INPUT: (-1, 1), WEIGHT: (0, -1)}[kind] for kind in KINDS])
+"""By kind, how many more a rank holds behind it: whole ones, and those between the halves of their backwards."""
+
+
 @lru_cache(maxsize=1024)
 def _held(name: str, pp: int, vpp: int, micro_batches: int) -> list[np.ndarray]:
     """Of each rank, what it holds at times at which it never holds more of everything: counts [times, 2 * vpp] of its
@@ -169,13 +174,12 @@ def _held(name: str, pp: int, vpp: int, micro_batches: int) -> list[np.ndarray]:
     """
     schedule = make(name, pp, vpp, micro_batches)
     found = []
-    for rank, actions in enumerate(schedule.actions):
-        place = {stage: chunk for chunk, stage in enumerate(schedule.stages_of(rank))}
-        changes = np.zeros((len(actions), 2, vpp), int)
-        for change, (kind, _, stage) in zip(changes, actions, strict=True):
-            change[0, place[stage]] = {FORWARD: 1, WEIGHT: 0}.get(kind, -1)
-            change[1, place[stage]] = {INPUT: 1, WEIGHT: -1}.get(kind, 0)
-        held, changes = changes.reshape(len(actions), -1).cumsum(0), changes.reshape(len(actions), -1)
+    for rank, (kinds, _, stages) in enumerate(schedule.columns):
+        chunks = np.searchsorted(schedule.stages_of(rank), stages)
+        changes = np.zeros((len(kinds), 2, vpp), int)
+        changes[np.arange(len(kinds)), :, chunks] = TAKES[kinds]
+        changes = changes.reshape(len(kinds), -1)
+        held = changes.cumsum(0)
         peaks = np.append((changes[1:] < 0).any(1), True)  # before something is let go
         held = np.unique(held[peaks], axis=0)
         less = [

@@ -169,15 +169,12 @@ def _slots(schedule: Schedule) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     longest = max(map(len, schedule.actions))
     cost, makes = np.zeros((2, schedule.pp, longest + 1), int)
     needs = np.full(cost.shape, SPECIAL.index("never"))
-    for rank, actions in enumerate(schedule.actions):
-        kinds, micro_batch, stage = zip(*actions, strict=True)
-        kind = np.array([KINDS.index(name) for name in kinds])
-        micro_batch, stage = np.array(micro_batch), np.array(stage)
+    for rank, (kind, micro_batch, stage) in enumerate(schedule.columns):
         forward, back = kind == KINDS.index(FORWARD), (kind == KINDS.index(BACKWARD)) | (kind == KINDS.index(INPUT))
         source = np.where(forward, stage - 1, stage + 1)
         asks = (forward & (stage > 0)) | (back & (stage < stages - 1))
         first = len(SPECIAL) + np.where(forward, 0, stages * m) + micro_batch
-        own = rank, slice(len(actions))
+        own = rank, slice(len(kind))
         cost[own] = kind * stages + stage
         needs[own] = np.where(asks, first + source * m, SPECIAL.index("nothing"))
         makes[own] = np.where(forward | back, first + stage * m, SPECIAL.index("nobody"))

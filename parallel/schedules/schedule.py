@@ -7,6 +7,8 @@ from functools import cached_property
 from itertools import accumulate
 from typing import NamedTuple
 
+import numpy as np
+
 FORWARD, BACKWARD, INPUT, WEIGHT = KINDS = "FBIW"
 V_SHAPED = ("zb_v", "dualpipe_v")
 SPLIT = ("zb_h1", *V_SHAPED)
@@ -107,6 +109,17 @@ class Schedule:
         sender, receiver = self.rank_of(source), self.rank_of(target)
         direction = "activation" if action.kind == FORWARD else "gradient"
         return None if sender == receiver else Message(sender, receiver, direction, action.micro_batch, source)
+
+    @cached_property
+    def columns(self) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], ...]:
+        """The actions of each rank as arrays: indices into `KINDS`, micro-batches, stages."""
+        code, found = np.zeros(256, int), []
+        code[[ord(kind) for kind in KINDS]] = range(len(KINDS))
+        for actions in self.actions:
+            kinds, micro_batches, stages = zip(*actions, strict=True) if actions else ((), (), ())
+            letters = np.frombuffer("".join(kinds).encode(), np.uint8)
+            found.append((code[letters], np.array(micro_batches, int), np.array(stages, int)))
+        return tuple(found)
 
     @cached_property
     def steps(self) -> tuple[Step, ...]:
