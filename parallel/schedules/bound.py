@@ -78,7 +78,7 @@ def _ends(name: str, pp: int, vpp: int, micro_batches: int) -> _Ends:
         ups, downs = ([], []), ([], [])
         ends = ((numbers == 0) | (numbers == micro_batches - 1)) & (kinds != KINDS.index(WEIGHT))
         for at in np.flatnonzero(ends).tolist():
-            back, stage = kinds[at] != KINDS.index(FORWARD), own[at]
+            back, stage = bool(kinds[at] != KINDS.index(FORWARD)), own[at]
             if numbers[at] == 0:
                 place = -1 - stage if back else stage
                 first[place], before[place] = costs[at], np.bincount(costs[:at], minlength=before.shape[1])
