@@ -72,6 +72,9 @@ class Network:
 
     def __init__(self, machine: Machine, constants: Constants) -> None:
         self.machine, self.constants = machine, constants
+        k = constants
+        numbers = (*machine.bandwidth, *machine.latency, k.call, k.call_rank, k.call_far)
+        self.uniform = not any(map(np.ndim, numbers))  # the same for all layouts
         self.server = next((i for i, level in enumerate(machine.levels) if level.name in ("node", "machine")), 0)
 
     def algorithms(self, level: int) -> tuple[str, ...]:
@@ -81,7 +84,7 @@ class Network:
     def group(self, factors: Factors) -> Group:
         """Of ranks that lie as `factors` say. Layouts of which many lie alike are priced once."""
         columns = [np.asarray(column) for factor in factors for column in factor]
-        if len(factors) > 1 or max(column.size for column in columns) < ALIKE:
+        if not self.uniform or len(factors) > 1 or max(column.size for column in columns) < ALIKE:
             return self._group(factors)
         size, stride = columns
         if stride.ndim:
