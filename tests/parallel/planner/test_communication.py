@@ -75,3 +75,20 @@ def test_messages_take_the_level_where_ranks_meet():
     assert level.tolist() == [[0, 1, 0]]
     seconds = found.message(np.full((1, 3), 1e9), level)
     assert seconds[0].tolist() == pytest.approx([0.01 + 1e-6, 0.1 + 1e-5, 0.01 + 1e-6])
+
+
+@pytest.mark.parametrize("varied", [False, True], ids=["one machine", "a bandwidth for each layout"])
+def test_many_groups_at_once_cost_what_each_does_alone(varied):
+    print("seed 4")
+    rng = np.random.default_rng(4)
+    size, stride = (2 ** rng.integers(0, 5, 400) * 3 ** rng.integers(0, 2, 400) for _ in range(2))
+    fast = rng.uniform(50.0, 100.0, 400)
+    for strides in (stride, 1):
+        own = [network(("node", 8, f if varied else 60.0, 2e-6), ("cluster", 4096, 5.0, 9e-6)) for f in fast]
+        together = own[0]
+        if varied:
+            together = network(("node", 8, fast, 2e-6), ("cluster", 4096, 5.0, 9e-6))
+        found = together.group([(size, strides)])
+        for row in range(0, 400, 7):
+            alone = own[row].group([(size[row], strides if np.ndim(strides) == 0 else strides[row])])
+            assert [float(np.broadcast_to(f, 400)[row]) for f in found] == pytest.approx([float(a) for a in alone])
