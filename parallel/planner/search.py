@@ -257,15 +257,12 @@ class Search:
         """Simulate the layouts at the head of their queue."""
         heads = self._heads(self._placed, SIMULATED)
         layouts = [self._layout(head.group, head.row, head.order) for head in heads]
-        best: dict[int, Estimate] = {}
         for head, estimate in zip(heads, evaluate(self.problem, layouts), strict=True):
             known = self._known.get(head.owner)
             if estimate.fits and (known is None or estimate.step < known.step):
-                self._known[head.owner] = best[head.owner] = estimate
-                if known is not None:
-                    self.result.best.remove(known)
+                self._known[head.owner] = estimate
         self.result.simulated += len(layouts)
-        self.result.best += best.values()
+        self.result.best = list(self._known.values())
 
     def _place(self) -> None:
         """Place the fine rows at the head of their queue: those nestings into the other one of which no other costs
