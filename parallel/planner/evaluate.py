@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -24,8 +25,6 @@ class Estimate:
 
     layout: Layout
     step: float
-    bound: float
-    """The closed form, which is never above `step`."""
     pipeline: float
     """From the first pass to the last."""
     busy: np.ndarray
@@ -33,6 +32,11 @@ class Estimate:
     prices: Prices
     memory: Memory
     fits: bool
+
+    @cached_property
+    def bound(self) -> float:
+        """Seconds of the closed form, which is never above `step`."""
+        return float(self.prices.bound[0])
 
     @property
     def bubble(self) -> float:
@@ -74,12 +78,12 @@ def evaluate(problem: Problem, layouts: Sequence[Layout]) -> list[Estimate]:
         prices, held = price_candidates(problem, rows, parts, terms=True), memory_of(problem, rows, parts)
         c = prices.candidates
         makespan, busy = play(c.schedule, c.pp, c.vpp, c.micro_batches, prices.times)
-        total, bounds = prices.total(makespan), prices.bound
+        total = prices.total(makespan)
         for row, (i, layout) in enumerate(zip(members, own, strict=True)):
             memory_row = Memory(*(getattr(held, f)[row] for f in held.__dataclass_fields__))
             fits = bool(memory_row.total.max() <= problem.machine.memory)
             found[i] = Estimate(
-                layout, float(total[row]), float(bounds[row]), float(makespan[row]), busy[row],
+                layout, float(total[row]), float(makespan[row]), busy[row],
                 prices.rows(np.array([row])), memory_row, fits,
             )  # fmt: skip
     return [found[i] for i in range(len(layouts))]

@@ -8,9 +8,9 @@ come in two grains: `coarse` ones have what cuts a model (tp, cp, pp, ep, etp, m
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from itertools import product
 from typing import Any
 
@@ -101,26 +101,13 @@ class Space:
         return found
 
     def _cut(self, tp: int, cp: int, dp: int) -> dict[str, np.ndarray]:
-        """Experts' axes, micro-batches and sequence parallelism of one cut of the dense layers.
-
-        Experts are cut in themselves (etp) only where no more ranks can have whole ones: that holds and computes as
-        much as ep x etp whole ones would, and sends every row to etp ranks.
-        """
+        """Experts' axes, micro-batches and sequence parallelism of one cut of the dense layers."""
         problem, moe = self.problem, self.problem.model.moe
-        stage, batch = dp * cp * tp, problem.global_batch // dp
-        experts = [(1, 1)]
-        if moe.experts:
-            eps = [ep for ep in divisors(moe.experts) if stage % ep == 0]
-            etps = [self.problem.fixed["etp"]] if "etp" in self.problem.fixed else divisors(math.gcd(moe.ffn, tp))
-            experts = [(ep, etp) for ep, etp in product(eps, etps) if stage % (ep * etp) == 0 and moe.ffn % etp == 0]
-            if "etp" not in problem.fixed and "ep" not in problem.fixed:
-                experts = [(ep, etp) for ep, etp in experts if etp == 1 or moe.experts % (ep * etp)]
-        experts = [(ep, etp) for ep, etp in experts if self._values("ep", [ep])]
+        batch, (ep, etp) = problem.global_batch // dp, self.experts(dp * cp * tp, tp)
         micro = self._values("micro_batch", divisors(batch))
         shared = self._values("sequence_parallel", [False, True] if tp > 1 else [False])
         if tp == 1 and problem.fixed.get("sequence_parallel"):
             shared = [False]  # a key of an axis of size 1 has no effect
-        ep, etp = np.array(experts, np.int64).reshape(-1, 2).T
         columns = np.meshgrid(np.arange(len(ep)), np.array(micro, np.int64), np.array(shared, np.int64), indexing="ij")
         pair, b, sp = (column.ravel() for column in columns)
         whole = (b * problem.seq_len // cp) % tp == 0
@@ -131,6 +118,26 @@ class Space:
         }
         fixed = {"dp": dp, "cp": cp, "tp": tp}
         return found | {name: np.full(int(legal.sum()), value, np.int64) for name, value in fixed.items()}
+
+    @cached_property
+    def experts(self) -> Callable[[int, int], tuple[np.ndarray, np.ndarray]]:
+        """(ep, etp) of a stage of so many ranks and tp.
+
+        Experts are cut in themselves (etp) only where no more ranks can have whole ones: that holds and computes as
+        much as ep x etp whole ones would, and sends every row to etp ranks.
+        """
+        return cache(self._experts)
+
+    def _experts(self, stage: int, tp: int) -> tuple[np.ndarray, np.ndarray]:
+        fixed, moe, found = self.problem.fixed, self.problem.model.moe, [(1, 1)]
+        if moe.experts:
+            eps = [ep for ep in divisors(moe.experts) if stage % ep == 0]
+            etps = [fixed["etp"]] if "etp" in fixed else divisors(math.gcd(moe.ffn, tp))
+            found = [(ep, etp) for ep, etp in product(eps, etps) if stage % (ep * etp) == 0 and moe.ffn % etp == 0]
+            if "etp" not in fixed and "ep" not in fixed:
+                found = [(ep, etp) for ep, etp in found if etp == 1 or moe.experts % (ep * etp)]
+        ep, etp = np.array([own for own in found if self._values("ep", own[:1])], np.int64).reshape(-1, 2).T
+        return ep, etp
 
     def pipelines(self, pp: int) -> list[tuple[str, int]]:
         """(schedule, vpp) that pp ranks can run, whatever the micro-batches."""
