@@ -120,6 +120,7 @@ class Halves(Both):
         return loss, self.model.backward_weight(kept)
 
 
+@pytest.mark.slow
 def test_the_halves_of_the_backward_give_the_bits_of_the_whole():
     config = ModelConfig(layers=2, hidden=24, ffn=20, heads=4, kv_heads=2, vocab=50, tied_embeddings=True)
     model = Shared(decoder_segments(config, choose("auto", "fp32", "CPU")))

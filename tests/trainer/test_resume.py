@@ -88,6 +88,7 @@ def test_resuming_a_finished_run_leaves_its_results(busway, straight):
     assert run.summary == {**straight.summary, "restarts": 1}
 
 
+@pytest.mark.slow
 def test_an_older_checkpoint_can_begin_another_run(busway, straight):
     """Under another layout too: checkpoints do not know it."""
     older = straight.path / "checkpoints" / "step-00000005"

@@ -138,6 +138,7 @@ def test_without_a_pipeline_the_graphs_of_a_step_are_shown(replicas):
     assert set(replicas.processes) == {"rank 0: dp 0", "rank 1: dp 1"} and "bubble" not in replicas.about
 
 
+@pytest.mark.slow
 def test_a_run_of_one_step_says_that_there_is_nothing_to_trace(busway):
     run = busway.train("one", "metrics.trace=true", "train.steps=1")
     assert "trace: none, as it leaves out the first step" in run.stdout and not (run.path / "trace.json").exists()

@@ -261,7 +261,7 @@ def test_a_run_starts_from_converted_weights_and_from_hugging_faces_own(busway, 
     assert at_random != pytest.approx(loss, rel=1e-2)
 
 
-@pytest.mark.parametrize("learnt", [0, 2_700])
+@pytest.mark.parametrize("learnt", [0, pytest.param(2_700, marks=pytest.mark.slow)])
 def test_data_without_labels_ends_the_run_with_the_remedy(busway, tmp_path, learnt):
     """One document of 3,000 tokens, of which the last tenth is held out and the first `learnt` have labels."""
     places = np.arange(3_000)
