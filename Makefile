@@ -31,7 +31,7 @@ train: setup ## Train the built-in recipe
 	$(BIN)/busway train
 
 # Two at a time, as much of a run is compiling on one core; a file stays together, as its tests share worlds.
-test: setup lint ## Run every fast test (under 15 minutes)
+test: setup lint ## Run every fast test (15 minutes, more on slow cores)
 	$(BIN)/python -P -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: setup ## Run the tests that take minutes

@@ -230,9 +230,8 @@ class Holding:
 
         dense, experts = spread(self.dense[rows], by_rank), spread(self.experts[rows], by_rank)
         ends = (by_rank[..., EMBEDDING, :] > 0) & (by_rank[..., HEAD, :] > 0)
-        dense = (
-            dense - ends * column(shares_ends(self.shape)) * self.dense[rows, :1]
-        )  # what both ends use is there once
+        once = column(shares_ends(self.shape))  # what both ends use
+        dense = dense - ends * once * self.dense[rows, :1]
         whole = dense + experts
         zero = own(np.where(c.dp * c.cp > 1, c.zero, 0))
         cut = dense / own(c.shards) + experts / own(c.expert_shards)
@@ -245,9 +244,9 @@ class Holding:
         optimizer = pieces * owned - counted * column(k.optimizer_bytes)
         activations, passing = self._activations(c, parts, counts, by_rank, rows, exact, ranks)
         widest = largest((self.dense + self.experts)[rows], by_rank) * column(k.weight_bytes)
-        once = np.where(zero == 3, widest, whole * column(k.weight_bytes))
+        beside = np.where(zero == 3, widest, whole * column(k.weight_bytes))
         copies = np.where(own(c.dp * c.cp) > 1, column(k.gradient_copies), np.minimum(column(k.gradient_copies), 1.0))
-        passing = passing + np.where(zero == 3, widest, 0.0) + once * copies
+        passing = passing + np.where(zero == 3, widest, 0.0) + beside * copies
         allocated = held + gradients + optimizer + activations + passing
         fixed = GIB * (column(k.reserve) + column(k.buffers) * own(communicators(c))) + column(k.fragments) * allocated
         return Memory(held, gradients, optimizer, activations, passing, fixed)

@@ -1,9 +1,9 @@
 """The search: the best layouts of a problem, with proof that none was missed.
 
-Three grains, each with a bound that no layout of it can beat. A *coarse* row (what cuts the model) takes at least its
-computation and traffic, evenly spread over the pipeline. A *fine* row adds schedule, ZeRO and recompute, the closed
-form of its pipeline, and every group as near as can be on the machine. A *layout* adds the nesting of the axes. Layouts
-are simulated in the order of their bounds, until no bound is below the worst of the best that are asked for.
+Three grains, each with a bound that no layout of it can beat. A *coarse* row (what cuts the model) takes at least what
+the rank with most to do takes under the schedule that is kindest to it. A *fine* row adds schedule, ZeRO and recompute,
+with every group as near as can be on the machine. A *layout* adds the nesting of the axes. Layouts are simulated in the
+order of their bounds, until no bound is below the worst of the best that are asked for.
 """
 
 from __future__ import annotations
@@ -152,8 +152,8 @@ class Search:
     def _coarse(self, space: Space) -> Coarse:
         """Every coarse row that may fit, ascending by bound."""
         tables, bounds, owners, numbers = [], [np.empty(0)], [np.empty(0, int)], [np.empty(0, int)]
-        found, segments = cuts(space)
-        for pp, rows in found:
+        coarse, segments = cuts(space)
+        for pp, rows in coarse:
             self.result.coarse += len(rows["tp"])
             found = coarse_bounds(space, pp, rows, segments)
             best = found.min((0, 1))
@@ -175,9 +175,9 @@ class Search:
             pp, rows = coarse.tables[owner]
             own = {name: column[numbers[owners == owner]] for name, column in rows.items()}
             wanted = own.pop("bounds").transpose(1, 2, 0) < (np.inf if self.exhaustive else self._limit())
-            base, rows = space.fine(pp, own, wanted)
+            base, index = space.fine(pp, own, wanted)
             if len(base):
-                self._weigh(space, base, coarse.segments.take(own["cut"][rows]))
+                self._weigh(space, base, coarse.segments.take(own["cut"][index]))
         self.progress(f"{self.result.ranked:,} layouts ranked, {self.result.simulated:,} simulated")
 
     def _weigh(self, space: Space, base: Candidates, segments: Tables) -> None:
