@@ -28,7 +28,7 @@ from parallel.planner.memory import (
     live,
     shares_ends,
 )
-from parallel.planner.price import ACROSS, NEAR, WHOLE, travels
+from parallel.planner.price import ACROSS, NEAR, WHOLE, halves, travels
 from parallel.planner.shape import KINDS, Candidates, Column, Load
 from parallel.planner.space import Space, runs
 from parallel.schedules import SPLIT
@@ -208,18 +208,17 @@ class Bounds:
         seconds, legal = np.full(len(c), np.inf), runs(name, c.pp, c.micro_batches)
         if not legal.any():
             return seconds, seconds
-        parts, own = self.problem.contents(c.stages), self.problem.load(name, c.pp, vpp).own
+        parts, load = self.problem.contents(c.stages), self.problem.load(name, c.pp, vpp)
         ranks = heaviest(replace(c, micro_batches=c.micro_batches[legal]), parts, self.shared)
-        own = own[ranks]
+        own = load.own[ranks]
         stored = own.copy()
         if self.shared:
             stored[:, EMBEDDING] *= (own[:, EMBEDDING] == 0) | (own[:, HEAD] == 0)
         held = stored @ sharded.state
-        counts = np.stack([parts.counts(kind) for kind in KINDS], -1)
         numbers = np.minimum(c.micro_batches, enough(name, c.pp))
         for m in np.unique(numbers[legal]):
             same = numbers == m
-            held[:, same] += live(name, c.pp, vpp, int(m))[ranks] @ counts @ recomputed.left[:, same]
+            held[:, same] += live(name, c.pp, vpp, int(m))[ranks] @ load.stages @ recomputed.left[:, same]
         if np.any(sharded.gathered):
             held = held + largest(self.sizes.T, own.T).T * sharded.gathered
         total = np.where(legal, self.total(held.max(0)), np.inf)
@@ -240,14 +239,8 @@ class Bounds:
         return GIB * (self.k.reserve + self.k.buffers * communicators(replace(self.c, zero=0)))
 
     def _halves(self, which: int) -> np.ndarray:
-        """[kinds, N]: see `Pricing`."""
-        c, found = self.c, 0.0
-        groups = travels(c, Network(self.problem.machine, self.k), which)
-        for elements, group, shards in zip(
-            (self.tables.elements, self.tables.experts), groups, (c.shards, c.expert_shards), strict=True
-        ):
-            found = found + elements * (group.half_byte / (np.maximum(shards, 1) if which == ACROSS else 1))
-        return found
+        groups = travels(self.c, Network(self.problem.machine, self.k), which)
+        return halves(self.c, groups, which, self.tables.elements, self.tables.experts)
 
     @cached_property
     def reduced(self) -> np.ndarray:

@@ -118,6 +118,18 @@ def travels(c: Candidates, network: Network, which: int) -> tuple[Group, Group]:
     return found[0], found[1]
 
 
+def halves(
+    c: Candidates, groups: tuple[Group, Group], which: int, elements: np.ndarray, experts: np.ndarray
+) -> np.ndarray:  # fmt: skip
+    """Seconds of a reduce-scatter, or a gather, for each byte of a weight: [kinds, N], of segments with so many
+    `elements` [kinds, N] and, in experts, so many more. `groups` are those of `travels`; `ACROSS` a weight's pieces
+    travel."""
+    found = 0.0
+    for numbers, group, shards in zip((elements, experts), groups, (c.shards, c.expert_shards), strict=True):
+        found = found + numbers * (group.half_byte / (np.maximum(shards, 1) if which == ACROSS else 1))
+    return found
+
+
 class Pricing:
     """What layouts of one pp and nesting take by kind of segment, whatever their schedule. Arrays [N, kinds]."""
 
@@ -174,13 +186,7 @@ class Pricing:
         return 2 * self._halves(ACROSS)
 
     def _halves(self, which: int) -> np.ndarray:
-        c, found = self.base, 0.0
-        for elements, group, shards in zip(
-            (self.elements, self.experts), self.groups(which), (c.shards, c.expert_shards), strict=True
-        ):
-            each = group.half_byte / (np.maximum(shards, 1) if which == ACROSS else 1)
-            found = found + elements * self.column(each)
-        return found
+        return halves(self.base, self.groups(which), which, self.elements.T, self.experts.T).T
 
     def calls(self, which: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """[N, kinds] whether there are dense weights, or experts; and [N, 1] what one of their collectives costs beside

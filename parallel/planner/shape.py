@@ -243,6 +243,8 @@ class Load(NamedTuple):
     """[pp, kinds]: those of the stages that the first micro-batch goes through before."""
     last: np.ndarray
     """Of ranks that hold the same, the last one."""
+    stages: np.ndarray
+    """[stages, kinds]: what each virtual stage holds."""
 
 
 def load(config: ModelConfig, schedule: str, pp: int, vpp: int) -> Load:
@@ -252,4 +254,4 @@ def load(config: ModelConfig, schedule: str, pp: int, vpp: int) -> Load:
     place, _ = places(schedule, pp, pp * vpp + 1)
     own = (place[:, None] == np.arange(pp)).T @ counts
     _, last = np.unique(own[::-1], axis=0, return_index=True)
-    return Load(own, np.cumsum(counts[:pp], 0) - counts[:pp], pp - 1 - last)
+    return Load(own, np.cumsum(counts[:pp], 0) - counts[:pp], pp - 1 - last, counts)

@@ -11,8 +11,10 @@ from models.shapes import ExpertsConfig, LatentConfig, PredictionConfig
 from parallel.layout import Layout
 from parallel.memory import Share, peak_saved_elements, state_bytes
 from parallel.planner.constants import Constants
-from parallel.planner.memory import memory
+from parallel.planner.memory import enough, live, memory
 from parallel.planner.shape import Shape, candidate, contents
+from parallel.planner.space import runs
+from parallel.schedules import NAMES, make, peaks
 from trainer.machine import _needed_bytes
 
 SEQ_LEN, GLOBAL_BATCH = 32, 16
@@ -76,3 +78,17 @@ def test_bytes_are_those_of_the_run(model):
                 (found.total, _needed_bytes(share, SEQ_LEN, 4)),
             ):
                 assert figure[0, place] == pytest.approx(wanted, rel=1e-12, abs=padding), layout
+
+
+@pytest.mark.parametrize("schedule", NAMES)
+@pytest.mark.parametrize("pp", [2, 3, 5, 8])
+def test_micro_batches_in_flight_are_those_of_the_schedule(schedule, pp):
+    vpp, checked = {"interleaved": 3, "zb_v": 2, "dualpipe_v": 2}.get(schedule, 1), 0
+    for micro_batches in range(1, 3 * pp + 1):
+        if not runs(schedule, pp, np.array(micro_batches)):
+            continue
+        most = peaks(make(schedule, pp, vpp, micro_batches))
+        found = live(schedule, pp, vpp, min(micro_batches, enough(schedule, pp)))
+        assert found.sum(1).tolist() == list(most), (micro_batches, found, most)
+        checked += 1
+    assert checked

@@ -9,6 +9,7 @@ import pytest
 from problems import dense, machine, problem, sparse
 
 from models.checks import ConfigError
+from models.shapes import PredictionConfig
 from parallel.layout import ORDER, Layout
 from parallel.planner import Plan, Search, evaluate
 from parallel.planner.bounds import Bounds, coarse_bounds
@@ -23,6 +24,8 @@ QUESTIONS = {
     "dense": problem(dense(layers=2), **SMALL),
     "experts": problem(sparse(layers=2), **SMALL, cp=1),
     "little memory": problem(dense(layers=4), **SMALL | {"topology": machine(2, memory_gib=3.3)}),
+    "tied": problem(dense(layers=2, tied_embeddings=True), **SMALL, recompute="none"),
+    "further tokens": problem(dense(layers=2, mtp=PredictionConfig(depth=1)), **SMALL, recompute="none"),
     "held": problem(dense(layers=4), **SMALL, tp=2, recompute="full"),
 }
 
