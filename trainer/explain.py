@@ -6,11 +6,13 @@ import argparse
 import json
 import shutil
 
+from rich.console import Console
+
 from models.checks import ConfigError
 from parallel.planner import Plan, Problem, Search, evaluate
 from parallel.planner.explain import NAMES, difference, lost_by, too_large
 from parallel.schedules import Times, draw, simulate
-from trainer.callbacks.console import Terminal
+from trainer.callbacks.console import terminal
 from trainer.compose import compose_recipe
 from trainer.errors import EXIT_DONE
 from trainer.plan import details, headline
@@ -31,9 +33,9 @@ def register(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Predict the recipe's layout; with `--timeline` draw it."""
     recipe = compose_recipe(*recipe_of(args)).recipe
-    terminal = Terminal(soft_wrap=True, highlight=False)
+    console = terminal(tables=True)
     if args.timeline:
-        _draw(recipe, terminal)
+        _draw(recipe, console)
         return EXIT_DONE
     problem = problem_of_layout(recipe)
     plan = plan_of(recipe, problem, evaluate(problem, [recipe.parallel_layout])[0])
@@ -41,27 +43,28 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(plan.prediction()))
         return EXIT_DONE
     for part in (headline(plan), *details(plan)):
-        terminal.print(part, markup=False)
+        console.print(part)
     if not plan.estimate.fits:
-        terminal.print(too_large(problem, plan.estimate), markup=False)
+        console.print(too_large(problem, plan.estimate))
     if not args.alone:
-        _compare(problem, plan, terminal)
+        _compare(problem, plan, console)
     return EXIT_DONE
 
 
-def _compare(problem: Problem, plan: Plan, terminal: Terminal) -> None:
+def _compare(problem: Problem, plan: Plan, console: Console) -> None:
     """The best layout of as many ranks, and what it does better, term by term."""
     result = Search(problem, keep=1).run()
     if not result.best:
         return
     best = Plan(problem, result.best[0], plan.dtypes)
-    terminal.print(f"the best layout: {headline(best)}\nthis one is {lost_by(best, plan)}", markup=False)
+    this = "this one is" if plan.estimate.fits else "if it fitted, this one would be"
+    console.print(f"the best layout: {headline(best)}\n{this} {lost_by(best, plan)}")
     for name, seconds, own in difference(best, plan)[:6]:
         if abs(own - seconds) > 1e-3 * best.estimate.step:
-            terminal.print(f"  {NAMES[name]}: {own:.3g} s, there {seconds:.3g} s", markup=False)
+            console.print(f"  {NAMES[name]}: {own:.3g} s, there {seconds:.3g} s")
 
 
-def _draw(recipe: Recipe, terminal: Terminal) -> None:
+def _draw(recipe: Recipe, console: Console) -> None:
     """The timeline, with the stages' own times where the machine's speed is known, else a forward of one unit, a
     backward of two and halves of one."""
     if recipe.layout.auto or recipe.parallel_layout.pp == 1:
@@ -72,5 +75,5 @@ def _draw(recipe: Recipe, terminal: Terminal) -> None:
     else:
         timeline = simulate(recipe.parallel_layout.pipeline(recipe.train.global_batch), Times())
     width = shutil.get_terminal_size((120, 24)).columns
-    coloured = terminal.is_terminal
-    terminal.print(draw(timeline, width, colour=coloured), markup=coloured)
+    coloured = console.is_terminal
+    console.print(draw(timeline, width, colour=coloured), markup=coloured)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from rich.table import Table
 from parallel.layout import Layout
 from parallel.planner import Plan, Problem, Result
 from parallel.planner.explain import NAMES, Sensitivity, break_even, lost_by, sensitivity
-from trainer.callbacks.console import Terminal
+from trainer.callbacks.console import terminal
 from trainer.compose import Composed, compose_recipe
 from trainer.errors import EXIT_DONE
 from trainer.files import write_text
@@ -50,17 +49,11 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(document(composed, plans, result, changes)))
     else:
-        show(_terminal(), problem, plans, result, changes)
+        show(terminal(tables=True), problem, plans, result, changes)
     if not args.json or any(word.startswith("plan.out=") for word in overrides):
         _write(out, composed, plans, result, changes)
         print(f"{out}/plan.yaml runs with `busway train {out}/plan.yaml`; look at {out}/report.html", file=sys.stderr)
     return EXIT_DONE
-
-
-def _terminal() -> Terminal:
-    """A narrower terminal wraps lines, but loses none."""
-    width = max(150, shutil.get_terminal_size((150, 24)).columns)
-    return Terminal(width=width, highlight=False, markup=False, soft_wrap=True)
 
 
 def _write(out: Path, composed: Composed, plans: list[Plan], result: Result, changes: list[Sensitivity]) -> None:
@@ -94,21 +87,21 @@ def document(composed: Composed, plans: list[Plan], result: Result, changes: lis
     }  # fmt: skip
 
 
-def show(terminal: Terminal, problem: Problem, plans: list[Plan], result: Result, changes: list[Sensitivity]) -> None:
+def show(console: Console, problem: Problem, plans: list[Plan], result: Result, changes: list[Sensitivity]) -> None:
     """The answer on a terminal."""
     best = plans[0]
-    terminal.print(headline(best))
-    terminal.print(ranking(plans))
+    console.print(headline(best))
+    console.print(ranking(plans))
     for other in plans[1:2]:
-        terminal.print(f"runner-up: {lost_by(best, other)}")
+        console.print(f"runner-up: {lost_by(best, other)}")
     for part in details(best):
-        terminal.print(part)
+        console.print(part)
     if len(plans) > 1:
-        terminal.print(_overtaken(problem, plans))
+        console.print(_overtaken(problem, plans))
     for change in changes:
         then = f"with {change.plan.product()}" if change.plan else "but no layout fits"
-        terminal.print(f"{change.change}: {change.gain:+.1%} tokens/s, {then}")
-    terminal.print(
+        console.print(f"{change.change}: {change.gain:+.1%} tokens/s, {then}")
+    console.print(
         f"searched {result.coarse:,} cuts of the model; ranked {result.ranked:,} layouts, of which {result.fitting:,} "
         f"fit; simulated {result.simulated:,}; {result.seconds:.2f} s"
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import yaml
+from rich.console import Console
 
 from models.checks import ConfigError, check
 from parallel.mesh import Mesh
 from parallel.planner import Plan, evaluate
 from parallel.traffic import step_rows
 from trainer import machine, metrics, precision
-from trainer.callbacks.console import Terminal, plain_table
+from trainer.callbacks.console import plain_table, terminal
 from trainer.callbacks.summary import MEMORY_KINDS
 from trainer.compose import YAML, read_yaml
 from trainer.errors import EXIT_DONE, InputError
@@ -112,11 +112,10 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(found))
         return EXIT_DONE
-    width = max(120, shutil.get_terminal_size().columns)  # a narrower terminal wraps lines, but loses none
-    terminal = Terminal(width=width, highlight=False, markup=False, soft_wrap=True)
-    show(terminal, found)
+    console = terminal(tables=True)
+    show(console, found)
     if refit:
-        terminal.print(f"{refit}: constants that predict this step; topology.rank.device={refit} takes them")
+        console.print(f"{refit}: constants that predict this step; topology.rank.device={refit} takes them")
     return EXIT_DONE
 
 
@@ -148,16 +147,15 @@ def document(measured: Measured) -> dict[str, Any]:
     """All that is reported, as plain data. Ratios are measured over predicted."""
     summary, recipe, routing = measured.summary, measured.recipe, measured.routing()
     ours, theirs = {key: summary[key] for key in FIGURES}, measured.stored()
-    plan, source = None, "plan.prediction, which came with the recipe"
+    plan, source, unpriced = None, "plan.prediction, which came with the recipe", ""
     try:
         plan = measured.plan(routing)
     except ConfigError as error:
-        theirs, source = (
-            theirs or {"memory_gib": measured.needed_gib()},
-            source if theirs else f"memory's formula alone: {error}",
-        )
-    else:
-        theirs, source = theirs or plan.prediction(), source if theirs else f"constants {plan.problem.fit.chosen}"
+        unpriced = str(error)
+    if not theirs and plan:
+        theirs, source = plan.prediction(), f"constants {plan.problem.fit.chosen}"
+    elif not theirs:
+        theirs, source = {"memory_gib": measured.needed_gib()}, f"memory's formula alone: {unpriced}"
     theirs = {key: theirs[key] for key in FIGURES if key in theirs}
     return {
         "run": str(measured.run),
@@ -188,7 +186,7 @@ def compared(measured: Rows, predicted: Rows) -> dict[str, Any]:
     return {"equal": measured == predicted, "rows": rows, "wire_bytes_by_level": levels}
 
 
-def show(terminal: Terminal, found: Mapping[str, Any]) -> None:
+def show(console: Console, found: Mapping[str, Any]) -> None:
     """The report on a terminal."""
     figures = plain_table([""], ["measured", "predicted", "ratio"])
     for key, name in FIGURES.items():
@@ -201,11 +199,15 @@ def show(terminal: Terminal, found: Mapping[str, Any]) -> None:
     for level, pair in found["traffic"]["wire_bytes_by_level"].items():
         traffic.add_row("all", "", "", level, "", "", *_pair(pair))
     verdict = "equal" if found["traffic"]["equal"] else "NOT equal"
-    on = {"recorded": ", on the routing that was recorded", "in turn": ", experts taken in turn", None: ""}
+    on = {
+        "recorded": ", on the routing that was recorded",
+        "in turn": ", which takes experts in turn; metrics.routing=true records what tokens choose",
+        None: "",
+    }
     heading = f"{found['run']} ({found['status']}): {found['layout']} on {found['topology']}, {found['device']}"
     for part in (heading, f"predicted by {found['source']}", "", figures, "", *[traffic, ""] * bool(traffic.row_count)):
-        terminal.print(part)
-    terminal.print(f"traffic of a step, the largest of any rank: {verdict} to the prediction{on[found['routing']]}")
+        console.print(part)
+    console.print(f"traffic of a step, the largest of any rank: {verdict} to the prediction{on[found['routing']]}")
 
 
 def _pair(values: Sequence[int]) -> tuple[str, str]:

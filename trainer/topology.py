@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from rich.table import Table
 from models.checks import ConfigError, check
 from parallel import rank_table, topology
 from parallel.topology import ANY, Topology
-from trainer.callbacks.console import Terminal
+from trainer.callbacks.console import terminal
 from trainer.compose import YAML, compose_topology, read_yaml
 from trainer.errors import EXIT_DONE
 from trainer.files import write_text
@@ -58,11 +57,10 @@ def _show(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(described(machine), indent=2))
         return EXIT_DONE
-    width = max(110, shutil.get_terminal_size((110, 24)).columns)  # a narrower terminal wraps lines, but loses none
-    terminal = Terminal(width=width, highlight=False, markup=False)
+    console = terminal(tables=True)
     for part in (_headline(machine), "", _levels(machine), "", _planes(machine)):
-        terminal.print(part)
-    terminal.print(LEGEND, *machine.notes, sep="\n", soft_wrap=True)
+        console.print(part)
+    console.print(LEGEND, *machine.notes, sep="\n")
     return EXIT_DONE
 
 

@@ -32,15 +32,16 @@ def difference(first: Plan, other: Plan) -> list[tuple[str, float, float]]:
 
 
 def lost_by(best: Plan, other: Plan) -> str:
-    """One line: by how much `other` is slower, and through what."""
+    """One line: by how much `other` is slower, and through what; one that does not fit may be faster."""
     slower = other.estimate.step / best.estimate.step - 1
     if abs(slower) < 5e-4:
         gib = (other.estimate.peak - best.estimate.peak) / 2**30
         return f"as fast within 0.05 %, with {gib:+.1f} GiB a rank"
     noise = 1e-4 * best.estimate.step
-    worse = [(name, b - a) for name, a, b in difference(best, other) if b - a > noise][:2]
-    why = " and ".join(f"{NAMES[name]} (+{seconds:.3g} s)" for name, seconds in worse)
-    return f"{slower:.1%} slower: {why or 'of everything a little'}"
+    sign, way = (1, "slower") if slower > 0 else (-1, "faster")
+    through = [(name, b - a) for name, a, b in difference(best, other) if sign * (b - a) > noise][:2]
+    why = " and ".join(f"{NAMES[name]} ({seconds:+.3g} s)" for name, seconds in through)
+    return f"{abs(slower):.1%} {way}: {why or 'of everything a little'}"
 
 
 def verdict(problem: Problem, layout: Layout, best: Plan | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
@@ -37,9 +38,15 @@ def plain_table(words: Sequence[str], numbers: Sequence[str]) -> Table:
     return table
 
 
-def terminal() -> RichConsole:
-    """The console of this process, which prints text as it is."""
-    return Terminal(soft_wrap=True, highlight=False, markup=False)
+WIDE = 150
+"""Columns that every table fits into."""
+
+
+def terminal(tables: bool = False) -> RichConsole:
+    """The console of this process, which prints text as it is. A terminal too narrow for `tables` wraps their lines,
+    but loses none."""
+    width = max(WIDE, shutil.get_terminal_size().columns) if tables else None
+    return Terminal(width=width, soft_wrap=True, highlight=False, markup=False)
 
 
 class Console(Callback):

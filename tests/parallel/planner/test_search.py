@@ -96,7 +96,8 @@ def test_a_slower_layout_is_slower_by_the_terms_that_differ():
     name, first, second = difference(best, other)[0]
     assert name == "tp"
     assert second > first == 0
-    assert "tensor-parallel traffic (+" in lost_by(best, other)
+    assert "tensor-parallel traffic (+" in lost_by(best, other) and " slower: " in lost_by(best, other)
+    assert "tensor-parallel traffic (-" in lost_by(other, best) and " faster: " in lost_by(other, best)
 
 
 def test_an_expected_layout_is_rejected_with_its_reason():
