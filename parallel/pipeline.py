@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from itertools import chain, pairwise
 from typing import Any
 
@@ -152,8 +151,7 @@ class Engine:
             self.channels[direction] = collectives.Channel("pp", direction, pairs)
         ahead = all(channel.ahead for channel in self.channels.values())
         self.early = ahead and collectives.mesh.layout.early_receive
-        forwards = tuple(tuple(a for a in actions if a.kind == FORWARD) for actions in schedule.actions)
-        self.training, self.evaluation = map(self._plan, (schedule, replace(schedule, actions=forwards)))
+        self.training, self.evaluation = map(self._plan, (schedule, schedule.only(FORWARD)))
         self.asked: dict[Action, Arrival] = {}
         self.handed: dict[tuple[str, int, int], Tensor] = {}
         self.last = schedule.stages - 1

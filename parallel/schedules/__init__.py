@@ -12,7 +12,18 @@ from parallel.schedules.check import RECEIVE, SEND, check_schedule, messages, pe
 from parallel.schedules.draw import draw
 from parallel.schedules.generate import NAMES, make
 from parallel.schedules.price import Price, price
-from parallel.schedules.schedule import BACKWARD, FORWARD, INPUT, SPLIT, V_SHAPED, WEIGHT, Action, Message, Schedule
+from parallel.schedules.schedule import (
+    BACKWARD,
+    FORWARD,
+    INPUT,
+    SPLIT,
+    V_SHAPED,
+    WEIGHT,
+    Action,
+    Columns,
+    Message,
+    Schedule,
+)
 from parallel.schedules.simulate import Formula, Timeline, Times, bubble_formula, requests, simulate
 from parallel.schedules.split import cut
 
@@ -27,6 +38,7 @@ __all__ = [
     "V_SHAPED",
     "WEIGHT",
     "Action",
+    "Columns",
     "Formula",
     "Message",
     "Price",

@@ -179,11 +179,15 @@ def _held(name: str, pp: int, vpp: int, micro_batches: int) -> list[np.ndarray]:
         changes = np.zeros((len(kinds), 2, vpp), int)
         changes[np.arange(len(kinds)), :, chunks] = TAKES[kinds]
         changes = changes.reshape(len(kinds), -1)
-        held = changes.cumsum(0)
-        peaks = np.append((changes[1:] < 0).any(1), True)  # before something is let go
-        held = np.unique(held[peaks], axis=0)
-        less = [
-            np.flatnonzero((held[:, None] >= held[i : i + 64]).all(2).sum(0) > 1) + i for i in range(0, len(held), 64)
-        ]
-        found.append(np.delete(held, np.concatenate(less), 0))
+        more, less = (changes > 0).any(1), np.append((changes[1:] < 0).any(1), True)
+        found.append(_most(changes.cumsum(0)[more & less]))
     return found
+
+
+def _most(held: np.ndarray) -> np.ndarray:
+    """The rows of `held` [N, columns] than which no other has more or as much in every column, each once."""
+    kept = []
+    while len(held):
+        kept.append(held[held.sum(1).argmax()])
+        held = held[(held > kept[-1]).any(1)]
+    return np.array(kept)

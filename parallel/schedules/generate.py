@@ -17,12 +17,14 @@ Every stage adds up its weight gradients in the order of micro-batches, under ev
 
 from __future__ import annotations
 
-from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
-from itertools import chain
+
+import numpy as np
 
 from models.checks import check, check_at_least, check_choice, nearest_divisor
-from parallel.schedules.schedule import BACKWARD, FORWARD, INPUT, V_SHAPED, WEIGHT, Action, Schedule
+from parallel.schedules.schedule import BACKWARD, FORWARD, INPUT, KINDS, V_SHAPED, WEIGHT, Columns, Schedule
 
 NAMES = ("gpipe", "1f1b", "interleaved", "zb_h1", *V_SHAPED)
 
@@ -34,14 +36,15 @@ def make(name: str, pp: int, vpp: int, micro_batches: int) -> Schedule:
     Raises `models.checks.ConfigError` for what `check_numbers` forbids.
     """
     check_numbers(name, pp, vpp, micro_batches)
-    if name in V_SHAPED:
-        build = _zb_v if name == "zb_v" else _dualpipe_v
-        ranks = [build(_VRank(rank, pp), micro_batches) for rank in range(pp)]
-    elif name == "interleaved":
-        ranks = [_interleaved(rank, pp, vpp, micro_batches) for rank in range(pp)]
-    else:
-        ranks = [_one_stage(name, rank, pp, micro_batches) for rank in range(pp)]
-    return Schedule(name, pp, vpp, micro_batches, tuple(tuple(rank) for rank in ranks))
+    schedule = Schedule(name, pp, vpp, micro_batches, ())
+    return replace(schedule, columns=tuple(_columns(schedule, rank) for rank in range(pp)))
+
+
+def _columns(schedule: Schedule, rank: int) -> Columns:
+    name, pp, m = schedule.name, schedule.pp, schedule.micro_batches
+    passes = _interleaved(rank, pp, schedule.vpp, m) if name == "interleaved" else BUILD[name](rank, pp, m)
+    found = _numbered(passes, schedule.stages_of(rank))
+    return Columns(*(column[found.micro_batches < m] for column in found)) if name == "zb_v" else found
 
 
 def check_numbers(name: str, pp: int, vpp: int, micro_batches: int) -> None:
@@ -83,127 +86,92 @@ def _check_micro_batches(name: str, pp: int, count: int) -> None:
         check(count >= 2 * pp, field, rule, remedy)
 
 
-def _alternate(forwards: list[Action], backwards: list[Action], warm_up: int) -> list[Action]:
-    """`warm_up` forwards, then one forward and one backward in turns, then the backwards that are left."""
-    turns = chain.from_iterable(zip(forwards[warm_up:], backwards, strict=False))
-    return [*forwards[:warm_up], *turns, *backwards[len(forwards) - warm_up :]]
+F0, B0, I0, W = (KINDS.index(kind) for kind in (FORWARD, BACKWARD, INPUT, WEIGHT))
+"""A pass is written as its kind and four times its chunk, the place of its stage among its rank's. Weight halves are
+written without one, as they come in the order of their input halves."""
+F1, B1, I1 = (len(KINDS) + kind for kind in (F0, B0, I0))
 
 
-def _one_stage(name: str, rank: int, pp: int, micro_batches: int) -> list[Action]:
-    forwards = [Action(FORWARD, m, rank) for m in range(micro_batches)]
-    backwards = [Action(BACKWARD, m, rank) for m in range(micro_batches)]
-    warm_up = micro_batches if name == "gpipe" else min(pp - rank - 1, micro_batches)
-    order = _alternate(forwards, backwards, warm_up)
-    # Rank 0 defers nothing: nobody waits for its input gradient, so it keeps the cheaper whole backward.
-    return _defer_weights(order, rank) if name == "zb_h1" and rank else order
+def _times(*parts: tuple[list[int], int]) -> np.ndarray:
+    """Passes one after the other: each list of them so many times, or not where that is none or less."""
+    return np.array([each for passes, times in parts for each in passes * times], int)
 
 
-def _defer_weights(order: list[Action], delay: int) -> list[Action]:
-    """Splits the backwards of `order` and puts each weight half after the input half `delay` micro-batches later."""
-    split: list[Action] = []
-    pending: deque[Action] = deque()
-    for action in order:
-        if action.kind == FORWARD:
-            split.append(action)
-            continue
-        split.append(Action(INPUT, *action[1:]))
-        pending.append(Action(WEIGHT, *action[1:]))
-        if len(pending) > delay:
-            split.append(pending.popleft())
-    return [*split, *pending]
+def _numbered(passes: np.ndarray, stages: Sequence[int]) -> Columns:
+    """The actions of a rank of these `stages` by chunk: the n-th forward of a chunk is of micro-batch n, and so is the
+    n-th backward, whole or its input half."""
+    kinds, chunks = passes % len(KINDS), passes // len(KINDS)
+    halves, weights = np.flatnonzero(kinds == I0), np.flatnonzero(kinds == W)
+    chunks[weights] = chunks[halves]
+    micro_batches = np.empty_like(passes)
+    for chunk in range(len(stages)):
+        forward = kinds == F0
+        for kind in (forward, ~forward & (kinds != W)):
+            own = np.flatnonzero(kind & (chunks == chunk))
+            micro_batches[own] = np.arange(len(own))
+    micro_batches[weights] = micro_batches[halves]
+    return Columns(kinds, micro_batches, np.array(stages)[chunks])
 
 
-def _interleaved(rank: int, pp: int, vpp: int, micro_batches: int) -> list[Action]:
-    forwards, backwards = [], []
-    for first in range(0, micro_batches, pp):
-        group = range(first, first + pp)
-        for chunk in range(vpp):
-            forwards += [Action(FORWARD, m, chunk * pp + rank) for m in group]
-            backwards += [Action(BACKWARD, m, (vpp - 1 - chunk) * pp + rank) for m in group]
-    warm_up = (pp - rank - 1) * 2 + (vpp - 1) * pp
-    return _alternate(forwards, backwards, min(warm_up, len(forwards)))
+def _gpipe(rank: int, pp: int, micro_batches: int) -> np.ndarray:
+    return _times(([F0], micro_batches), ([B0], micro_batches))
 
 
-class _VRank:
-    """Writes the actions of one rank of a V by chunk, 0 on the way down and 1 on the way up; counts micro-batches."""
-
-    def __init__(self, rank: int, pp: int) -> None:
-        self.rank, self.pp = rank, pp
-        self.stages = (rank, 2 * pp - 1 - rank)
-        self.actions: list[Action] = []
-        self.forwards = [0, 0]
-        self.backwards = [0, 0]
-        self.pending: deque[Action] = deque()
-
-    def forward(self, *chunks: int) -> None:
-        for chunk in chunks:
-            self.actions.append(Action(FORWARD, self.forwards[chunk], self.stages[chunk]))
-            self.forwards[chunk] += 1
-
-    def backward(self, chunk: int, split: bool = False) -> None:
-        """The whole backward, or its input half; the weight half is then pending."""
-        micro_batch, stage = self.backwards[chunk], self.stages[chunk]
-        self.actions.append(Action(INPUT if split else BACKWARD, micro_batch, stage))
-        self.backwards[chunk] += 1
-        if split:
-            self.pending.append(Action(WEIGHT, micro_batch, stage))
-
-    def weight(self) -> None:
-        self.actions.append(self.pending.popleft())
-
-    def both_halves(self, chunk: int) -> None:
-        self.backward(chunk, split=True)
-        self.weight()
+def _1f1b(rank: int, pp: int, micro_batches: int) -> np.ndarray:
+    warm_up = min(pp - rank - 1, micro_batches)
+    return _times(([F0], warm_up), ([F0, B0], micro_batches - warm_up), ([B0], warm_up))
 
 
-def _zb_v(v: _VRank, micro_batches: int) -> list[Action]:
+def _zb_h1(rank: int, pp: int, micro_batches: int) -> np.ndarray:
+    if rank == 0:  # nobody waits for its input gradient, so it keeps the cheaper whole backward
+        return _1f1b(rank, pp, micro_batches)
+    warm_up = min(pp - rank - 1, micro_batches)
+    pairs, waiting = micro_batches - warm_up, min(rank, micro_batches)
+    # Weight halves wait for `rank` micro-batches: pairs of the steady state first, then backwards of the cool-down.
+    alone = max(0, waiting - pairs)
+    steady = (([F0, I0], min(pairs, waiting)), ([F0, I0, W], pairs - waiting))
+    return _times(([F0], warm_up), *steady, ([I0], alone), ([I0, W], warm_up - alone), ([W], waiting))
+
+
+def _interleaved(rank: int, pp: int, vpp: int, micro_batches: int) -> np.ndarray:
+    chunks = len(KINDS) * np.arange(vpp).repeat(pp)
+    forwards, backwards = (
+        np.tile(kind + order, micro_batches // pp) for kind, order in ((F0, chunks), (B0, chunks[::-1]))
+    )
+    warm_up = min((pp - rank - 1) * 2 + (vpp - 1) * pp, len(forwards))
+    turns = np.stack([forwards[warm_up:], backwards[: len(forwards) - warm_up]], 1).ravel()
+    return np.concatenate([forwards[:warm_up], turns, backwards[len(forwards) - warm_up :]])
+
+
+def _zb_v(rank: int, pp: int, micro_batches: int) -> np.ndarray:
     # The steady state needs 2 * pp - 1 micro-batches; with fewer, those that do not exist are left out of it.
-    count = max(micro_batches, 2 * v.pp - 1)
-    below = v.pp - v.rank
-    v.forward(*[0] * (2 * below - 1))
-    v.forward(*[1, 0] * v.rank)
-    for _ in range(below):
-        v.forward(1)
-        v.both_halves(1)
-    while v.forwards[1] < count:
-        if v.forwards[0] < count:
-            v.forward(0)
-        v.both_halves(0)
-        v.forward(1)
-        v.both_halves(1)
-    for _ in range(v.rank):
-        v.backward(0, split=True)
-        v.backward(1, split=True)
-    for _ in range(below):
-        v.backward(0, split=True)
-        v.weight()
-    while v.pending:
-        v.weight()
-    return [action for action in v.actions if action.micro_batch < micro_batches]
+    count, below = max(micro_batches, 2 * pp - 1), pp - rank
+    return _times(
+        ([F0], 2 * below - 1),
+        ([F1, F0], rank),
+        ([F1, I1, W], below),
+        ([F0, I0, W, F1, I1, W], count - 2 * pp + 1 + rank),
+        ([I0, W, F1, I1, W], below - 1),
+        ([I0, I1], rank),
+        ([I0, W], below),
+        ([W], 2 * rank),
+    )
 
 
-def _dualpipe_v(v: _VRank, micro_batches: int) -> list[Action]:
-    below = v.pp - v.rank - 1
-    v.forward(*[0] * (2 * below))
-    v.forward(*[0, 1] * (v.rank + 1))
-    for _ in range(below):
-        v.both_halves(1)
-        v.forward(1)
-    for _ in range(micro_batches - 2 * v.pp + v.rank + 1):
-        v.forward(0)
-        v.backward(1)
-        v.forward(1)
-        v.backward(0)
-    for _ in range(below):
-        v.backward(1)
-        v.forward(1)
-        v.backward(0)
+def _dualpipe_v(rank: int, pp: int, micro_batches: int) -> np.ndarray:
+    below = pp - rank - 1
     # From the middle of the cool-down the backwards are split, so that weight halves fill what is left.
-    for i in range(2 * (v.rank + 1)):
-        v.backward((i + 1) % 2, split=i > v.rank)
-    for _ in range(below):
-        v.weight()
-        v.backward(0, split=True)
-    while v.pending:
-        v.weight()
-    return v.actions
+    cool_down = ([B1, B0] * (rank + 1))[: rank + 1] + ([I1, I0] * (rank + 1))[rank + 1 :]
+    return _times(
+        ([F0], 2 * below),
+        ([F0, F1], rank + 1),
+        ([I1, W, F1], below),
+        ([F0, B1, F1, B0], micro_batches - 2 * pp + rank + 1),
+        ([B1, F1, B0], below),
+        (cool_down, 1),
+        ([W, I0], below),
+        ([W], rank + 1),
+    )
+
+
+BUILD = {"gpipe": _gpipe, "1f1b": _1f1b, "zb_h1": _zb_h1, "zb_v": _zb_v, "dualpipe_v": _dualpipe_v}

@@ -42,7 +42,7 @@ class Pattern:
     """A schedule in three parts, of which the middle is run any number of times, each for `period` micro-batches."""
 
     schedule: Schedule
-    """That without the middle; without its actions too, which are too many to keep."""
+    """That without the middle; without its columns too, which are too many to keep."""
     period: int
     first: Levels
     middle: Levels
@@ -110,7 +110,7 @@ def _period(name: str, pp: int) -> int:
 def pattern(name: str, pp: int, vpp: int, micro_batches: int) -> Pattern:
     """The schedule of `micro_batches`, at most ``2 * pp``, and what more of them put into its middle."""
     schedule, period = make(name, pp, vpp, micro_batches), _period(name, pp)
-    short, schedule = _levels(schedule), replace(schedule, actions=())
+    short, schedule = _levels(schedule), replace(schedule, columns=())
     if micro_batches < 2 * pp:
         return Pattern(schedule, period, short, short.part(0, 0), short.part(0, 0))
     long = _levels(make(name, pp, vpp, micro_batches + period))
@@ -142,7 +142,7 @@ def _levels(schedule: Schedule) -> Levels:
         done[makes[own]] = level
         at[ready] += 1
         level += 1
-    if np.any(at < [len(actions) for actions in schedule.actions]):
+    if np.any(at < [len(own.kinds) for own in schedule.columns]):
         raise ValueError(f"{schedule.name}: ranks wait for ever")
     rank, position = np.nonzero(reached < NEVER)
     own = rank, position
@@ -166,7 +166,7 @@ def _slots(schedule: Schedule) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of each rank's actions, and one beyond its last: `Step.cost`, the slot of the output that it needs of the
     neighbouring stage, and that of its own; [pp, actions + 1] each."""
     stages, m = schedule.stages, schedule.micro_batches
-    longest = max(map(len, schedule.actions))
+    longest = max(len(own.kinds) for own in schedule.columns)
     cost, makes = np.zeros((2, schedule.pp, longest + 1), int)
     needs = np.full(cost.shape, SPECIAL.index("never"))
     for rank, (kind, micro_batch, stage) in enumerate(schedule.columns):

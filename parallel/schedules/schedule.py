@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import NamedTuple
@@ -62,7 +62,16 @@ class Step(NamedTuple):
     """``KINDS.index(kind) * stages + stage``."""
 
 
-@dataclass(frozen=True)
+class Columns(NamedTuple):
+    """The actions of one rank in their order, as arrays [actions]."""
+
+    kinds: np.ndarray
+    """Indices into `KINDS`."""
+    micro_batches: np.ndarray
+    stages: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
 class Schedule:
     """The actions of every pipeline rank in their order. `make` builds one, `check_schedule` proves it.
 
@@ -74,12 +83,29 @@ class Schedule:
     vpp: int
     """Virtual stages of a rank."""
     micro_batches: int
-    actions: tuple[tuple[Action, ...], ...]
+    columns: tuple[Columns, ...]
     """By pipeline rank."""
+
+    @cached_property
+    def actions(self) -> tuple[tuple[Action, ...], ...]:
+        """`columns` one by one, for those who go from action to action."""
+        return tuple(
+            tuple(
+                Action(KINDS[kind], micro_batch, stage)
+                for kind, micro_batch, stage in zip(*(column.tolist() for column in own), strict=True)
+            )
+            for own in self.columns
+        )
 
     @property
     def stages(self) -> int:
         return self.pp * self.vpp
+
+    def only(self, kind: str) -> Schedule:
+        """The passes of one kind alone, as an evaluation runs the forwards."""
+        own = [columns.kinds == KINDS.index(kind) for columns in self.columns]
+        kept = [Columns(*(column[those] for column in found)) for found, those in zip(self.columns, own, strict=True)]
+        return replace(self, columns=tuple(kept))
 
     def rank_of(self, stage: int) -> int:
         """The rank that holds `stage`. Schedules in the shape of a V return, so that rank 0 holds both ends."""
@@ -89,7 +115,7 @@ class Schedule:
 
     def stages_of(self, rank: int) -> tuple[int, ...]:
         """The virtual stages of `rank`, in ascending order."""
-        return tuple(stage for stage in range(self.stages) if self.rank_of(stage) == rank)
+        return (rank, 2 * self.pp - 1 - rank) if self.name in V_SHAPED else tuple(range(rank, self.stages, self.pp))
 
     def outgoing(self, action: Action) -> Message | None:
         """What is sent after `action`; None where nothing is, or where the neighbouring stage lies on this rank."""
@@ -109,17 +135,6 @@ class Schedule:
         sender, receiver = self.rank_of(source), self.rank_of(target)
         direction = "activation" if action.kind == FORWARD else "gradient"
         return None if sender == receiver else Message(sender, receiver, direction, action.micro_batch, source)
-
-    @cached_property
-    def columns(self) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], ...]:
-        """The actions of each rank as arrays: indices into `KINDS`, micro-batches, stages."""
-        code, found = np.zeros(256, int), []
-        code[[ord(kind) for kind in KINDS]] = range(len(KINDS))
-        for actions in self.actions:
-            kinds, micro_batches, stages = zip(*actions, strict=True) if actions else ((), (), ())
-            letters = np.frombuffer("".join(kinds).encode(), np.uint8)
-            found.append((code[letters], np.array(micro_batches, int), np.array(stages, int)))
-        return tuple(found)
 
     @cached_property
     def steps(self) -> tuple[Step, ...]:

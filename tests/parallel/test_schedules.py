@@ -7,10 +7,23 @@ import re
 from collections import defaultdict, deque
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from models.checks import ConfigError
-from parallel.schedules import NAMES, RECEIVE, SEND, Action, Schedule, check_schedule, make, messages, peaks, requests
+from parallel.schedules import (
+    NAMES,
+    RECEIVE,
+    SEND,
+    Action,
+    Columns,
+    Schedule,
+    check_schedule,
+    make,
+    messages,
+    peaks,
+    requests,
+)
 
 CHUNKS = {"interleaved": (2, 3, 4), "zb_v": (2,), "dualpipe_v": (2,)}
 V_SHAPED = ("zb_v", "dualpipe_v")
@@ -109,7 +122,12 @@ def test_what_both_neighbours_see_of_one_pass():
 
 
 def damaged(schedule: Schedule, rank: int, actions: list[Action]) -> Schedule:
-    return replace(schedule, actions=(*schedule.actions[:rank], tuple(actions), *schedule.actions[rank + 1 :]))
+    return replace(schedule, columns=(*schedule.columns[:rank], columns(actions), *schedule.columns[rank + 1 :]))
+
+
+def columns(actions: list[Action]) -> Columns:
+    kinds, micro_batches, stages = zip(*actions, strict=True)
+    return Columns(*map(np.array, (["FBIW".index(kind) for kind in kinds], micro_batches, stages)))
 
 
 def error_of(schedule: Schedule) -> str:
@@ -150,7 +168,7 @@ def test_a_damaged_schedule_is_an_error_that_names_the_action(seed):
 def small(*ranks: str) -> Schedule:
     """A schedule of two ranks out of text such as ``F0 B0``; stage = rank."""
     actions = [[Action(a[0], int(a[1:]), r) for a in rank.split()] for r, rank in enumerate(ranks)]
-    return Schedule("1f1b", len(ranks), 1, 2, tuple(map(tuple, actions)))
+    return Schedule("1f1b", len(ranks), 1, 2, tuple(map(columns, actions)))
 
 
 @pytest.mark.parametrize(
@@ -186,7 +204,7 @@ def test_the_checker_says_what_is_wrong(ranks, expected):
 def test_an_action_on_the_wrong_rank_is_an_error():
     schedule = make("1f1b", 2, 1, 2)
     stray = Action("F", 0, 1)
-    broken = replace(schedule, actions=((stray, *schedule.actions[0]), schedule.actions[1]))
+    broken = damaged(schedule, 0, [stray, *schedule.actions[0]])
     assert error_of(broken) == "rank 0: F(micro-batch 0, stage 1) is not among its 2 micro-batches of stages [0]"
 
 
@@ -281,5 +299,4 @@ def test_ranks_that_ask_as_stated_end_even_if_passes_wait_for_messages(name, pp)
     for micro_batches in [m for m in (1, pp, 2 * pp, 2 * pp + 1, 5 * pp) if legal(name, pp, m)]:
         for vpp in CHUNKS.get(name, (1,)):
             schedule = make(name, pp, vpp, micro_batches)
-            forwards = tuple(tuple(action for action in own if action.kind == "F") for own in schedule.actions)
-            assert ends_held_up(schedule) and ends_held_up(replace(schedule, actions=forwards))
+            assert ends_held_up(schedule) and ends_held_up(schedule.only("F"))
