@@ -137,31 +137,37 @@ class Mesh:
         layout = self.layout
         if layout.ep == 1:
             return 1, ""
-        blocks = self._blocks()
+        blocks, why = self._blocks()
         if layout.dispatch == "flat":
             return 1, "flat dispatch, as asked"
         if layout.dispatch == "two_level":
             split = blocks if blocks > 1 else nearest_divisor(layout.ep, 2, lambda count: count > 1)
             return layout.outer_groups or split, "two-level, as asked"
         if blocks > 1:
-            return layout.outer_groups or blocks, f"two-level: {blocks} blocks of ep are joined by a slower network"
-        return 1, "flat dispatch: no slower network inside ep"
+            return layout.outer_groups or blocks, f"two-level: {why}"
+        return 1, f"flat dispatch: {why}"
 
-    def _blocks(self) -> int:
+    def _blocks(self) -> tuple[int, str]:
         """Blocks of equal size, joined by another and slower plane than the ranks inside, in which each group of
-        experts lies; 1 where there are none."""
+        experts lies, 1 where there are none; and why that is so."""
         counts = set()
         for group in self.groups(("ep", "etp")):
             positions = [self.placement[rank] for rank in group]
             outermost = self.topology.level_of(min(positions), max(positions))
             inner = [level for level in self.topology.levels[: outermost.index] if level.plane != outermost.plane]
-            if not inner or not _slower(outermost, inner[-1]):
-                return 1
+            if not inner:
+                return 1, "no slower network inside ep"
+            if outermost.bandwidth is None or inner[-1].bandwidth is None:
+                return 1, f"the bandwidth of {outermost.name} or of {inner[-1].name} is not known"
+            if 2 * outermost.bandwidth > inner[-1].bandwidth:
+                return 1, f"{outermost.name} has more than half the bandwidth of {inner[-1].name}"
             blocks = [position // inner[-1].ranks for position in positions]
             sizes = {blocks.count(block) for block in blocks}
             counts.add(len(set(blocks)) if len(sizes) == 1 and blocks == sorted(blocks) else 1)
-        (count,) = counts if len(counts) == 1 else (1,)
-        return count if self.layout.ep % count == 0 else 1
+        count = counts.pop() if len(counts) == 1 else 1
+        if count == 1 or self.layout.ep % count:
+            return 1, f"ep lies in unequal blocks on {outermost.name}, or not in its order"
+        return count, f"{count} blocks of ep are joined by a slower network"
 
     def describe(self) -> str:
         """One line for the banner: the product identity, the machine and what each axis spans there."""
@@ -186,8 +192,3 @@ class Mesh:
         if not 0 <= rank < self.world_size:
             raise ValueError(f"rank {rank} is outside the world of {self.world_size} ranks")
         return rank
-
-
-def _slower(outer: Level, inner: Level) -> bool:
-    """Whether ranks talk slower through one level than inside another, as far as it is known."""
-    return outer.bandwidth is not None and inner.bandwidth is not None and 2 * outer.bandwidth <= inner.bandwidth

@@ -74,8 +74,22 @@ def read_huggingface(directory: Path) -> Weights:
         config.mtp.depth = 0  # transformers writes the key, and leaves the weights out
     found = with_factors(found, huggingface.quantised_block(_load_object(path)))
     names = huggingface.names(config)
+    _check_copies(directory, config, names, found)
     found = {name: tensor for name, tensor in found.items() if not huggingface.is_harmless(config, name)}
     return _match(directory, path, config, names, found)
+
+
+def _check_copies(
+    directory: Path, config: ModelConfig, names: Mapping[str, str], found: Mapping[str, Tensor | Quantised]
+) -> None:
+    """What a further layer stores of embedding and head must be the model's own, as we keep them once."""
+    for copy, ours in huggingface.copies(config).items():
+        own, other = found.get(names[ours]), found.get(copy)
+        if own and other and not (own.dtype == other.dtype and np.array_equal(own.data, other.data)):
+            raise InputError(
+                f"{directory}: tensor {copy} must be a copy of {names[ours]}, but has other values, which would be "
+                "lost; leave that layer out of the weights to convert the others"
+            )
 
 
 def read_busway(directory: Path) -> Weights:

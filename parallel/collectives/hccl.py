@@ -130,13 +130,15 @@ def _sizes(size: int, parts: tuple) -> tuple:
 
 class HcclExchange(nn.Cell):
     """`AlltoAllV` of rows in numbers that tensors hold, filled up to as many rows as there is room for. What comes has
-    a shape that the device alone knows. It counts on the device too.
+    a shape that the device alone knows. It counts on the device too, and so rows that found no room: the host ends the
+    run when it looks at the counts, which it does at every step.
     """
 
     def __init__(self, operator: Any, ranks: int, room: Room, name: str) -> None:
         super().__init__(auto_prefix=False)
         self.operator, self.room = operator, room
         self.counted = Parameter(Tensor(np.zeros((len(DTYPES), ranks + 1), np.int64)), name=name, requires_grad=False)
+        self.lost = Parameter(Tensor(np.zeros(1, np.int64)), name=f"{name}.lost", requires_grad=False)
         self.add = ops.AssignAdd()
 
     def construct(self, rows: Tensor, gives: Tensor, takes: Tensor) -> Tensor:
@@ -145,6 +147,7 @@ class HcclExchange(nn.Cell):
         self.add(self.counted, ops.cast(counts, mindspore.int64) * _row_bytes(rows.dtype, width, gives.shape[0]))
         came = self.operator(rows.reshape((-1,)), gives * width, takes * width)
         size = rows.size * self.room.times // self.room.over
+        self.add(self.lost, ops.relu(ops.cast(takes, mindspore.int64).sum() - size // width).reshape((1,)))
         return ops.concat((came, ops.zeros((size,), rows.dtype)))[:size].reshape((-1, width))
 
     def counts(self) -> np.ndarray:
@@ -152,6 +155,10 @@ class HcclExchange(nn.Cell):
         return np.stack((counted[:, :-1].sum(1), counted[:, -1]), 1)
 
     def sent(self) -> np.ndarray:
+        if lost := int(self.lost.asnumpy()[0]):
+            raise RuntimeError(
+                f"dispatch: {lost} rows of experts came beyond the room for them; this cannot be: report it"
+            )
         return self.counted.asnumpy()[:, :-1]
 
     def reset(self) -> None:

@@ -14,7 +14,8 @@ from models.layers import Linear
 from models.segments import Chain, Segment
 from models.weights import Weight
 from parallel.collectives import Collectives, Primitive
-from parallel.collectives.hccl import HcclBackend
+from parallel.collectives.hccl import DTYPES, HcclBackend, HcclExchange
+from parallel.collectives.interface import Room
 from parallel.layout import Layout
 from parallel.mesh import Mesh
 from parallel.tensor import GatheredLinear, Scatter
@@ -47,6 +48,13 @@ class Operator(nn.Cell):
     def part(self, x):
         length = x.size // self.size
         return x[self.place * length : (self.place + 1) * length]
+
+
+class Moved(nn.Cell):
+    """`AlltoAllV` of rows, after which a rank has those that it gave."""
+
+    def construct(self, x, gives, takes):
+        return x
 
 
 class Recorder:
@@ -295,3 +303,23 @@ def test_rounding_before_tokens_are_gathered_has_the_bits_of_rounding_after(mach
     y, dx, dw = linear(x, ops.concat((dy[:4], dy[:4])), w)
     for one, other in zip((*gathered, *scattered), (*wanted, 2 * y[:4], dx, dw), strict=True):
         np.testing.assert_array_equal(one.asnumpy(), other.asnumpy())
+
+
+def test_rows_are_padded_to_their_room_and_counted_on_the_device():
+    exchange = HcclExchange(Moved(), 2, Room(2, 1), "exchange")
+    rows = np.arange(12, dtype=np.float32).reshape(4, 3)
+    came = exchange(Tensor(rows), Tensor([1, 3], ms.int32), Tensor([2, 2], ms.int32))
+    assert came.asnumpy().tolist() == [*rows.tolist(), *np.zeros((4, 3)).tolist()]
+    row = DTYPES.index("float32")
+    assert exchange.counts()[row].tolist() == [48, 1]
+    assert exchange.sent()[row].tolist() == [12, 36]
+
+
+def test_rows_beyond_their_room_end_the_run():
+    exchange = HcclExchange(Moved(), 2, Room(1, 1), "exchange")
+    rows = Tensor(np.ones((4, 3), np.float32))
+    exchange(rows, Tensor([2, 2], ms.int32), Tensor([2, 2], ms.int32))
+    exchange.sent()
+    exchange(rows, Tensor([2, 2], ms.int32), Tensor([2, 5], ms.int32))
+    with pytest.raises(RuntimeError, match="3 rows of experts found no room"):
+        exchange.sent()

@@ -155,6 +155,29 @@ def test_dispatch_goes_by_two_levels_where_a_group_spans_a_network_of_half_the_b
     assert (f"({groups} outer groups)" in mesh.describe()) == (groups > 1)
 
 
+UNEVEN = "flat dispatch: ep lies in unequal blocks on cluster, or not in its order"
+
+
+@pytest.mark.parametrize(
+    ("topology", "sizes", "placement", "why"),
+    [
+        (boxes(100, 50), OVER_BOXES, None, "two-level: 2 blocks of ep are joined by a slower network"),
+        (boxes(100, 51), OVER_BOXES, None, "flat dispatch: cluster has more than half the bandwidth of box"),
+        (boxes(100, None), OVER_BOXES, None, "flat dispatch: the bandwidth of cluster or of box is not known"),
+        (boxes(100, 50, "inside"), OVER_BOXES, None, "flat dispatch: no slower network inside ep"),
+        (boxes(100, 50), {"dp": 4, "ep": 2}, None, "flat dispatch: no slower network inside ep"),
+        (boxes(100, 50), {"dp": 3, "ep": 3}, None, UNEVEN),
+        (boxes(100, 50), OVER_BOXES, (0, 2, 1, 3), UNEVEN),
+        (boxes(100, 50), {**OVER_BOXES, "dispatch": "flat"}, None, "flat dispatch, as asked"),
+        (boxes(100, 100), {**OVER_BOXES, "dispatch": "two_level"}, None, "two-level, as asked"),
+    ],
+)  # fmt: skip
+def test_the_banner_says_why_dispatch_is_what_it_is(topology, sizes, placement, why):
+    mesh = Mesh(Layout(**sizes), topology, **({"placement": placement} if placement else {}))
+    assert mesh.dispatch()[1] == why
+    assert why in mesh.describe()
+
+
 def test_dispatch_is_flat_where_a_placement_cuts_a_group_unevenly():
     layout = Layout(dp=4, ep=4)
     assert Mesh(layout, boxes(100, 50), placement=(0, 1, 4, 5)).dispatch()[0] == 2

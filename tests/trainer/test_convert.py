@@ -286,6 +286,31 @@ def test_published_fp8_becomes_bf16_and_keeps_the_further_layer(published, tmp_p
         np.testing.assert_array_equal(tensor.read(everything), again.tensors[name].read(everything), name)
 
 
+def test_a_copy_with_values_of_its_own_is_refused(published, tmp_path):
+    tensors = raw_tensors(published)
+    name = "model.layers.2.embed_tokens.weight"
+    dtype, shape, content = tensors[name]
+    tensors[name] = (dtype, shape, bytes(len(content)))
+    write_raw(published / "model.safetensors", tensors)
+    refused(published, tmp_path / "ours", rf"{re.escape(name)} must be a copy of model\.embed_tokens\.weight")
+
+
+# OCP 8-bit floating point specification 1.0, table 2: E4M3 has a bias of 7 and no infinities.
+E4M3 = {0x00: 0.0, 0x01: 2**-9, 0x07: 7 * 2**-9, 0x08: 2**-6, 0x38: 1.0, 0x3C: 1.5, 0x44: 3.0, 0x7E: 448.0, 0xB8: -1.0}
+
+
+def test_fp8_is_read_as_its_specification_says(published):
+    stored = "model.layers.0.mlp.gate_proj.weight"
+    tensors = raw_tensors(published)
+    dtype, shape, content = tensors[stored]
+    tensors[stored] = (dtype, shape, bytes(E4M3) + content[len(E4M3) :])
+    kind, factors, _ = tensors[f"{stored}_scale_inv"]
+    tensors[f"{stored}_scale_inv"] = (kind, factors, np.full(factors, 0.25, "<f4").tobytes())
+    write_raw(published / "model.safetensors", tensors)
+    tensor = read_weights(published).tensors["layers.0.feed_forward.gate_proj.weight"]
+    assert tensor.read((slice(0, 1), slice(0, len(E4M3)))).tolist() == [[value / 4 for value in E4M3.values()]]
+
+
 def test_a_part_of_an_fp8_matrix_is_that_part_of_the_whole(published):
     tensor = read_weights(published).tensors["layers.0.feed_forward.gate_proj.weight"]
     whole = tensor.read((slice(None), slice(None)))
