@@ -34,6 +34,8 @@ GLOBAL = f"{EXPERTS} model.moe.aux_loss=global"
 
 MICRO_BATCH = f"{EXPERTS} model.moe.aux_loss=micro_batch"
 """Balanced over a micro-batch of one replica."""
+CAPACITY = f"{EXPERTS} model.moe.capacity=1.0"
+"""With drops, by the tokens that a rank computes at once: those of one sequence, as in the one-rank run."""
 FURTHER = f"{LATENT} model.mtp.depth=1"
 """With multi-token prediction."""
 
@@ -73,6 +75,8 @@ LAYOUTS = {
         "ep over ring": f"cp=2 ep=2 {LATENT}",
         "ep over ulysses": f"cp=2 cp_method=ulysses ep=2 recompute=selective {EXPERTS}",
         "etp": f"dp=2 etp=2 {EXPERTS}",
+        "ep, capacity": f"dp=2 ep=2 {CAPACITY}",
+        "etp, capacity": f"dp=2 etp=2 {CAPACITY}",
         "experts, global balance": f"cp=2 ep=2 {GLOBAL}",
         "experts x 1f1b": f"pp=2 {LATENT}",
         "experts x zero 3": f"dp=2 zero=3 {EXPERTS}",
@@ -105,6 +109,8 @@ LAYOUTS = {
         "ep of four": f"dp=4 ep=4 {LATENT}",
         "ep of four, two-level": f"dp=4 ep=4 dispatch=two_level {LATENT}",
         "ep of four, four outer groups": f"dp=4 ep=4 dispatch=two_level outer_groups=4 {EXPERTS}",
+        "ep of four, two-level, capacity": f"dp=4 ep=4 dispatch=two_level {CAPACITY}",
+        "ep over hybrid": f"cp=4 cp_method=hybrid ep=4 {EXPERTS}",
         "ep over dp x tp, zero 2": f"dp=2 tp=2 ep=4 zero=2 {EXPERTS}",
         "ep x gpipe": f"pp=2 dp=2 ep=2 schedule=gpipe {EXPERTS}",
         "ep x interleaved": f"pp=2 vpp=2 dp=2 ep=2 schedule=interleaved {EXPERTS}",
@@ -141,7 +147,7 @@ LAYOUTS = {
 
 CI = (
     "tp, sequence parallel", "1f1b, tied", "ring", "zero 3, prefetch, recompute full, tied", "tp x interleaved",
-    "ep, two-level", "ep over tp, sequence parallel",
+    "ep, two-level", "ep over tp",
 )  # fmt: skip
 """Those that every test run tries, for fewer steps."""
 
