@@ -10,7 +10,7 @@ from models.checks import check, check_above, check_at_least, check_choice, near
 AUXILIARY = ("sequence", "global", "micro_batch", "none")
 DROPS = ("position", "probability")
 TRAINING = ("aux_loss", "aux_coef", "z_coef", "bias_rate", "capacity", "drop", "force_uniform")
-"""Keys of `ExpertsConfig` that no weights depend on."""
+"""Keys of `ExpertsConfig` that no weights depend on, but for the bias that a `bias_rate` adds to a softmax router."""
 
 
 @dataclass

@@ -49,7 +49,7 @@ class Summary(Callback):
         self._write(loop)
 
     def before_step(self, loop: Loop) -> None:
-        """The account of the first step: every step moves the same."""
+        """The account of the first step: every other moves the same, but for what is dispatched to experts."""
         if self.traffic is None:
             loop.collectives.reset_traffic()
 
