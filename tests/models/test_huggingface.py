@@ -27,7 +27,7 @@ from trainer.convert import read_weights
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "huggingface"
 DENSE = ("llama", "qwen2", "qwen3")
-FAMILIES = (*DENSE, "mixtral", "qwen3_moe", "deepseek_v3")
+FAMILIES = (*DENSE, "mixtral", "qwen3_moe", "qwen3_moe_normalised", "deepseek_v3")
 PUBLISHED = "deepseek_v3_published"
 """In FP8, with a layer of multi-token prediction."""
 

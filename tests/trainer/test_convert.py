@@ -21,7 +21,7 @@ from trainer.errors import InputError, MachineError
 from trainer.weight_files import read_weights, save_safetensors
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "huggingface"
-FAMILIES = ("llama", "qwen2", "qwen3", "mixtral", "qwen3_moe", "deepseek_v3")
+FAMILIES = ("llama", "qwen2", "qwen3", "mixtral", "qwen3_moe", "qwen3_moe_normalised", "deepseek_v3")
 
 
 def run(*words: str | Path) -> int:
