@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from parallel.planner import Problem, Search
 from parallel.planner.bounds import Bounds, coarse_bounds
 from parallel.planner.cuts import cuts
-from parallel.planner.evaluate import price_candidates
+from parallel.planner.price import price
 from parallel.planner.shape import Candidates
 from parallel.planner.space import Space
 from parallel.schedules import price as play
@@ -69,7 +69,8 @@ def ranking(problem: Problem) -> tuple[float, float]:
     rate = ranked / (time.perf_counter() - begin)
     begin, played = time.perf_counter(), 0
     for c in groups:
-        prices = price_candidates(problem, c)
+        parts = problem.contents(c.stages)
+        prices = price(problem.shape, problem.seq_len, c, parts, problem.machine, problem.constants)
         play(c.schedule, c.pp, c.vpp, c.micro_batches, prices.times)
         played += len(c)
     return rate, played / (time.perf_counter() - begin)

@@ -12,10 +12,10 @@ from functools import cached_property
 import numpy as np
 
 from parallel.layout import Layout
-from parallel.planner.memory import Memory, memory
-from parallel.planner.price import Prices, price
+from parallel.planner.memory import Holding, Memory
+from parallel.planner.price import Prices, Pricing
 from parallel.planner.problem import Problem
-from parallel.planner.shape import RECOMPUTE, Candidates, Contents, candidate, joined
+from parallel.planner.shape import Contents, candidate, joined
 from parallel.schedules import price as play
 
 
@@ -49,20 +49,14 @@ class Estimate:
         return float(self.memory.total.max())
 
 
-def price_candidates(problem: Problem, c: Candidates, parts: Contents | None = None, terms: bool = False) -> Prices:
-    """Columns of one schedule, pp and vpp."""
-    parts = parts or problem.contents(c.stages)
-    return price(problem.shape, problem.seq_len, c, parts, problem.machine, problem.constants, terms)
-
-
-def memory_of(problem: Problem, c: Candidates, parts: Contents | None = None) -> Memory:
-    """The same of what ranks hold, exactly."""
-    parts = parts or problem.contents(c.stages)
-    return memory(problem.shape, problem.seq_len, c, parts, problem.constants)
-
-
 def evaluate(problem: Problem, layouts: Sequence[Layout]) -> list[Estimate]:
-    """Estimates of `layouts`, which must be legal; those that share schedule, pp and vpp are played together."""
+    """Estimates of `layouts`, which must be legal. What does not depend on the pipeline's shape is worked out for all
+    at once; those that share schedule, pp and vpp are played together."""
+    if not layouts:
+        return []
+    base = joined([candidate(layout, problem.global_batch) for layout in layouts])
+    pricing = Pricing(problem.shape, problem.seq_len, base, problem.machine, problem.constants)
+    holding = Holding(problem.shape, problem.seq_len, base, problem.constants)
     groups: dict[tuple, list[int]] = {}
     for index, layout in enumerate(layouts):
         named = layout.recompute if isinstance(layout.recompute, str) else index
@@ -70,21 +64,19 @@ def evaluate(problem: Problem, layouts: Sequence[Layout]) -> list[Estimate]:
         groups.setdefault(key, []).append(index)
     found: dict[int, Estimate] = {}
     for members in groups.values():
-        own = [layouts[i] for i in members]
-        rows = joined([candidate(layout, problem.global_batch) for layout in own])
-        parts = _contents(problem, own[0])
-        if parts.again is not None:
-            rows = replace(rows, recompute=np.full(len(rows), RECOMPUTE.index("full")))
-        prices, held = price_candidates(problem, rows, parts, terms=True), memory_of(problem, rows, parts)
-        c = prices.candidates
+        own, first = np.array(members), layouts[members[0]]
+        parts = _contents(problem, first)
+        schedule, vpp = (first.schedule, first.vpp) if first.pp > 1 else ("1f1b", 1)
+        c = replace(base.take(own), schedule=schedule, pp=first.pp, vpp=vpp)
+        prices, held = pricing.prices(c, parts, own, terms=True), holding.memory(c, parts, own, exact=True)
         makespan, busy = play(c.schedule, c.pp, c.vpp, c.micro_batches, prices.times)
         total = prices.total(makespan)
-        for row, (i, layout) in enumerate(zip(members, own, strict=True)):
-            memory_row = Memory(*(getattr(held, f)[row] for f in held.__dataclass_fields__))
-            fits = bool(memory_row.total.max() <= problem.machine.memory)
+        for row, i in enumerate(members):
+            memory = Memory(*(getattr(held, f)[row] for f in held.__dataclass_fields__))
+            fits = bool(memory.total.max() <= problem.machine.memory)
             found[i] = Estimate(
-                layout, float(total[row]), float(makespan[row]), busy[row],
-                prices.rows(np.array([row])), memory_row, fits,
+                layouts[i], float(total[row]), float(makespan[row]), busy[row],
+                prices.rows(np.array([row])), memory, fits,
             )  # fmt: skip
     return [found[i] for i in range(len(layouts))]
 

@@ -164,7 +164,7 @@ class Candidates:
 def candidate(layout: Layout, global_batch: int) -> Candidates:
     """One layout as columns of length 1."""
     shards = layout.zero_group or layout.dp * layout.cp
-    name = layout.recompute if isinstance(layout.recompute, str) else "none"
+    name = layout.recompute if isinstance(layout.recompute, str) else "full"  # of the layers that `Contents` names
     numbers = {
         "dp": layout.dp,
         "cp": layout.cp,
