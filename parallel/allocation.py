@@ -35,6 +35,7 @@ def positions(
             total = spared + ranks
         free = list(range(total))
     left = [place for place in free if not any(start <= place < stop for start, stop in lost)]
+    check(bool(left), "plan.without and plan.nodes", f"leave no place of {topology.name} free", "name fewer blocks")
     wanted = len(left) if ranks is None else ranks
     check(
         0 < wanted <= len(left), f"plan.ranks {wanted}", f"must be 1 to the {len(left)} that are free", "choose fewer"
@@ -65,18 +66,19 @@ def _free(topology: Topology, nodes: Sequence[Any]) -> list[int]:
     node = _level(topology, "node", "plan.nodes")
     around = [level for level in topology.levels[node.index + 1 :] if level.ranks is not None]
     check(bool(around), "plan.nodes", f"needs a level around nodes, which {topology.name} has not", "set plan.ranks")
-    block = around[-1].ranks
+    outer = next((level for level in around if level.name == "supernode"), around[-1])
+    block = outer.ranks
     free = []
     for number, entry in enumerate(nodes):
         own = list(range(entry)) if isinstance(entry, int) else [int(i) for i in entry]
         legal = all(0 <= i < block // node.ranks for i in own) and own == sorted(set(own))
-        rule = f"must name nodes below the {block // node.ranks} of a {around[-1].name}, ascending"
+        rule = f"must name nodes below the {block // node.ranks} of a {outer.name}, ascending"
         check(legal, f"plan.nodes[{number}] {entry}", rule, "give a number of nodes, or a list of their numbers")
         for i in own:
             start = number * block + i * node.ranks
             free += range(start, start + node.ranks)
     if topology.capacity is not None:
         whole = len(nodes) * block <= topology.capacity
-        rule = f"has more entries than {topology.name} has blocks of {around[-1].name}"
+        rule = f"has more entries than {topology.name} has blocks of {outer.name}"
         check(whole, f"plan.nodes of {len(nodes)}", rule, "leave some out, or choose a larger topology")
     return free

@@ -100,10 +100,7 @@ def _times(plans: list[Plan]) -> str:
     )  # fmt: skip
     own = plans[0].terms
     shown = legend((COLOURS[term], NAMES[term], f"{own[term]:.3g} s" if term in own else "–") for term in terms)
-    lead = (
-        f"On the pipeline rank that computes longest (of the best layout, rank {plans[0].critical}); the terms add up "
-        "to the step. The legend gives the best layout's."
-    )
+    lead = "In the mean over pipeline ranks; the terms add up to the step. The legend gives the best layout's."
     return section("Where a step goes", lead, shown + figure)
 
 

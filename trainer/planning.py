@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from models.checks import ConfigError, check
 from parallel.allocation import positions
 from parallel.planner import Estimate, Plan, Problem, Result, Search
-from parallel.planner.explain import too_large
+from parallel.planner.explain import contradiction, smallest, too_large
 from parallel.planner.problem import CHOSEN, check_known
 from trainer import precision
 from trainer.compose import Composed
@@ -88,12 +88,13 @@ def _nothing(problem: Problem, result: Result) -> str:
     if result.nearest is None:
         held = " ".join(f"layout.{key}={value}" for key, value in problem.fixed.items() if key in CHOSEN)
         reason = f"with {held}" if held else f"for a global batch of {problem.global_batch}"
-        return (
-            f"no layout of {where} is legal {reason}; hold fewer keys, or change train.global_batch or plan.ranks "
-            "(plan.allow_idle=true leaves some unused)"
-        )
-    return f"no layout fits into {where}: the nearest, {result.nearest.layout.product()}, " + too_large(
-        problem, result.nearest
+        remedy = "hold fewer keys, or change train.global_batch or plan.ranks (plan.allow_idle=true leaves some unused)"
+        return f"no layout of {where} is legal {reason}: {contradiction(problem) or remedy}"
+    enough = smallest(problem)
+    size = f"{enough:,} ranks of it are the fewest that could (plan.ranks={enough})" if enough else "nor into all of it"
+    return (
+        f"no layout fits into {where}, {size}: the nearest, {result.nearest.layout.product()}, "
+        f"{too_large(problem, result.nearest)}"
     )
 
 

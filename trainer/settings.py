@@ -204,9 +204,9 @@ class PlanSettings:
 
     ranks: int | None = None
     """Ranks to plan for; left out, `launcher.ranks`, or all that the topology holds."""
-    without: list[str] = field(default_factory=list)
-    """Blocks of the machine that are lost, as `cabinet:3`, counted from 0."""
-    nodes: list[Any] = field(default_factory=list)
+    without: Any = field(default_factory=list)
+    """Blocks of the machine that are lost, one or a list: `cabinet:3`, counted from 0."""
+    nodes: Any = field(default_factory=list)
     """What a scheduler gave: of each block around nodes (a supernode) in order, how many are free, or their numbers."""
     allow_idle: bool = False
     """Fewer ranks may be used where that is faster."""
@@ -224,6 +224,9 @@ class PlanSettings:
             check_at_least("plan.ranks", self.ranks, 1)
         if self.imbalance is not None:
             check_at_least("plan.imbalance", self.imbalance, 1)
+        self.without, self.nodes = (
+            value if isinstance(value, list) else [value] for value in (self.without, self.nodes)
+        )
 
 
 @dataclass

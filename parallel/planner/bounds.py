@@ -7,6 +7,7 @@ than under the schedule that asks for the fewest. The rank with the largest segm
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
 from typing import NamedTuple
@@ -44,12 +45,7 @@ def coarse_bounds(space: Space, pp: int, rows: dict[str, np.ndarray], tables: Ta
     whole = rows["dp"] * rows["cp"]
     found = np.full((len(space.zeros), len(space.codes), len(whole)), np.inf)
     layers, flying = first_rank(space, pp, rows["micro_batches"])
-    for start in range(0, len(whole), CHUNK):
-        part = slice(start, start + CHUNK)
-        own = {name: column[part] for name, column in rows.items() if name != "cut"}
-        nothing = np.zeros_like(own["tp"])
-        c = Candidates("1f1b", pp, 1, order=None, **own, zero=nothing + 1, shards=whole[part], recompute=nothing)
-        bounds = Bounds(space, c, tables.take(rows["cut"][part]))
+    for part, bounds in _parts(space, pp, rows, tables):
         recomputed = [bounds.recomputing(index) for index in range(len(space.codes))]
         pipelines = [bounds.pipeline(each) for each in recomputed]
         for row, zero in enumerate(space.zeros):
@@ -59,6 +55,28 @@ def coarse_bounds(space: Space, pp: int, rows: dict[str, np.ndarray], tables: Ta
                 seconds = pipelines[column] + bounds.behind(sharded, each)
                 found[row, column, part] = np.where(legal & (held <= problem.machine.memory), seconds, np.inf)
     return found
+
+
+def least_bytes(space: Space, pp: int, rows: dict[str, np.ndarray], tables: Tables) -> np.ndarray:
+    """[N] bytes of the fullest rank of coarse rows with the last ZeRO stage and recompute of the space, which save
+    most, under any schedule."""
+    found = np.empty(len(rows["tp"]))
+    layers, flying = first_rank(space, pp, rows["micro_batches"])
+    for part, bounds in _parts(space, pp, rows, tables):
+        sharded, recomputed = bounds.sharding(space.zeros[-1], False), bounds.recomputing(len(space.codes) - 1)
+        found[part] = bounds.total(bounds.held(sharded, recomputed, layers, flying[part]))
+    return found
+
+
+def _parts(space: Space, pp: int, rows: dict[str, np.ndarray], tables: Tables) -> Iterator[tuple[slice, Bounds]]:
+    """Coarse rows by chunks, each cut over all of dp x cp where it is cut."""
+    whole = rows["dp"] * rows["cp"]
+    for start in range(0, len(whole), CHUNK):
+        part = slice(start, start + CHUNK)
+        own = {name: column[part] for name, column in rows.items() if name != "cut"}
+        nothing = np.zeros_like(own["tp"])
+        c = Candidates("1f1b", pp, 1, order=None, **own, zero=nothing + 1, shards=whole[part], recompute=nothing)
+        yield part, Bounds(space, c, tables.take(rows["cut"][part]))
 
 
 class Recomputed(NamedTuple):

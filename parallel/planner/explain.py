@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from models.checks import ConfigError
-from parallel.layout import Layout
+from models.checks import ConfigError, check
+from parallel.layout import ORDER, Layout
 from parallel.planner.evaluate import Estimate, evaluate
 from parallel.planner.plan import Plan
 from parallel.planner.problem import Problem
 from parallel.planner.search import Result, Search
+from parallel.schedules.generate import check_numbers
 from parallel.topology import Topology
 
 NAMES = {
@@ -23,6 +25,15 @@ NAMES = {
 }  # fmt: skip
 """A term of `Plan.terms` in words."""
 
+HELD = {
+    "weights": "weights", "gradients": "gradients", "optimizer": "the optimizer's state", "activations": "activations",
+    "passing": "what comes and goes in a pass", "fixed": "what every rank takes",
+}  # fmt: skip
+"""A part of `memory.Memory` in words."""
+
+LARGEST = 2**17
+"""Ranks up to which `smallest` looks on a machine of any size."""
+
 
 def difference(first: Plan, other: Plan) -> list[tuple[str, float, float]]:
     """(term, seconds of each) of two plans, those that differ most first."""
@@ -32,16 +43,24 @@ def difference(first: Plan, other: Plan) -> list[tuple[str, float, float]]:
 
 
 def lost_by(best: Plan, other: Plan) -> str:
-    """One line: by how much `other` is slower, and through what; one that does not fit may be faster."""
-    slower = other.estimate.step / best.estimate.step - 1
+    """One line: by how much `other` is slower, through what, and what it gains in turn. One that does not fit may be
+    faster."""
+    step = best.estimate.step
+    slower = other.estimate.step / step - 1
     if abs(slower) < 5e-4:
         gib = (other.estimate.peak - best.estimate.peak) / 2**30
         return f"as fast within 0.05 %, with {gib:+.1f} GiB a rank"
-    noise = 1e-4 * best.estimate.step
-    sign, way = (1, "slower") if slower > 0 else (-1, "faster")
-    through = [(name, b - a) for name, a, b in difference(best, other) if sign * (b - a) > noise][:2]
-    why = " and ".join(f"{NAMES[name]} ({seconds:+.3g} s)" for name, seconds in through)
-    return f"{abs(slower):.1%} {way}: {why or 'of everything a little'}"
+    way, sign = ("slower", 1) if slower > 0 else ("faster", -1)
+    changes = [(name, b - a) for name, a, b in difference(best, other)]
+    through = _named(change for change in changes if sign * change[1] > 1e-4 * step)
+    against = _named(change for change in changes if -sign * change[1] > abs(slower) * step / 4)
+    line = f"{abs(slower):.1%} {way}: {through or 'of everything a little'}"
+    return f"{line}, in spite of {against}" if against else line
+
+
+def _named(changes: Iterable[tuple[str, float]]) -> str:
+    """The first two of some (term, seconds)."""
+    return " and ".join(f"{NAMES[name]} ({seconds:+.3g} s)" for name, seconds in [*changes][:2])
 
 
 def verdict(problem: Problem, layout: Layout, best: Plan | None) -> str:
@@ -64,7 +83,7 @@ def too_large(problem: Problem, estimate: Estimate) -> str:
     over = (estimate.peak - problem.machine.memory) / 2**30
     line = (
         f"does not fit: {estimate.peak / 2**30:.1f} GiB on pipeline rank {place}, {over:.1f} over the limit of "
-        f"{problem.machine.memory / 2**30:.1f}; {most} take {parts[most] / 2**30:.1f}"
+        f"{problem.machine.memory / 2**30:.1f}; most of it goes to {HELD[most]}: {parts[most] / 2**30:.1f}"
     )
     remedies = [text for text, changed in _smaller(problem, estimate.layout) if evaluate(problem, [changed])[0].fits]
     return f"{line}; it fits with {' or '.join(remedies[:3])}" if remedies else f"{line}; no one key makes it fit"
@@ -89,6 +108,51 @@ def _smaller(problem: Problem, layout: Layout) -> Iterator[tuple[str, Layout]]:
         except (ConfigError, ZeroDivisionError):
             continue
         yield " ".join(f"layout.{key}={value}" for key, value in change.items()).replace("True", "true"), changed
+
+
+def contradiction(problem: Problem) -> str | None:
+    """Which rule the keys that are held break, whatever the rest of a layout; None: no one rule."""
+    held, stage = dict(problem.fixed), ("ep", "etp", "zero_group")
+    sizes = {axis: held[axis] for axis in ORDER if axis in held}
+    product, named = math.prod(sizes.values()), " x ".join(f"layout.{axis}={size}" for axis, size in sizes.items())
+    try:
+        alone = Layout(**{"dp": 1, "micro_batch": 1} | {key: held[key] for key in held if key not in stage})
+        alone.check_model(problem.model, problem.seq_len)
+        alone.check_batch(problem.global_batch)
+        if "schedule" in held and "vpp" in held:
+            check_numbers(alone.schedule, alone.pp, alone.vpp, 2 * alone.pp)
+        whole = product == problem.ranks if len(sizes) == len(ORDER) else problem.ranks % product == 0
+        rule = f"must {'be' if len(sizes) == len(ORDER) else 'divide'} the {problem.ranks} ranks, but is {product}"
+        check(whole, named, rule, "change one of them, or plan.ranks")
+        rest = {} if "dp" in held else {"dp": problem.ranks // product}
+        Layout(**{"micro_batch": 1} | rest | held).check_model(problem.model, problem.seq_len)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def smallest(problem: Problem) -> int | None:
+    """The fewest ranks of the machine, to a 32nd of them, on which a layout fits of a problem in which none does; None:
+    not on all of it. What is asked of each number is the layout that holds least (`Search.least`)."""
+    node = next((level.ranks for level in problem.topology.levels if level.name == "node"), None) or 1
+    most = problem.topology.capacity or LARGEST
+
+    def fits(ranks: int) -> bool:
+        nearest = Search(replace(problem, positions=tuple(range(ranks)))).least()
+        return nearest is not None and nearest.fits
+
+    few = many = problem.ranks
+    while few == many or not fits(many):
+        if many >= most:
+            return None
+        few, many = many, min(2 * many, most)
+    unit = -(-max(1, many // 32) // node) * node
+    while many - few > unit:
+        middle = -(-(few + many) // 2 // unit) * unit
+        if not few < middle < many:
+            break
+        few, many = (few, middle) if fits(middle) else (middle, many)
+    return many
 
 
 @dataclass(frozen=True)

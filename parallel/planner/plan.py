@@ -52,28 +52,18 @@ class Plan:
         return self.problem.flops_per_token * self.tokens_per_s / peak
 
     @cached_property
-    def critical(self) -> int:
-        """The pipeline rank that computes longest."""
-        return int(self.estimate.busy.argmax())
-
-    @cached_property
     def terms(self) -> dict[str, float]:
-        """Seconds of a step by what they go to, on the pipeline rank that computes longest. They add up to the step."""
+        """Seconds of a step by what they go to, in the mean over pipeline ranks. They add up to the step."""
         found = self.estimate
         prices, layout = found.prices, found.layout
         m = layout.check_batch(self.problem.global_batch)
-        stages = self._stages(self.critical)
-        terms = {name: m * float(value[0, stages].sum()) for name, value in prices.terms.items()}
-        terms["bubble"] = found.pipeline - float(found.busy[self.critical])
+        terms = {name: m * float(value[0].sum()) / layout.pp for name, value in prices.terms.items()}
+        terms["bubble"] = found.pipeline - float(found.busy.mean())
         last = int((prices.traffic[0] + prices.update[0]).argmax())
         terms["dp"], terms["optimizer"] = float(prices.traffic[0, last]), float(prices.update[0, last])
         terms["other"] = float(prices.step[0])
         terms["stragglers"] = found.step - found.pipeline - float(prices.behind[0])
         return {name: seconds for name, seconds in terms.items() if abs(seconds) > 1e-9 * found.step}
-
-    def _stages(self, place: int) -> list[int]:
-        schedule = self.estimate.layout.pipeline(self.problem.global_batch)
-        return list(schedule.stages_of(place)) if schedule and self.estimate.layout.pp > 1 else [0]
 
     @cached_property
     def timeline(self) -> Timeline | None:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from parallel.layout import ORDER, Layout
-from parallel.planner.bounds import Bounds, coarse_bounds
+from parallel.planner.bounds import Bounds, coarse_bounds, least_bytes
 from parallel.planner.cuts import Tables, cuts
 from parallel.planner.evaluate import Estimate, evaluate
 from parallel.planner.memory import Holding, heaviest, shares_ends
@@ -35,6 +35,8 @@ FRONT = 16
 """Shares of the memory, of each of which the front has at most one layout."""
 PLACED, SIMULATED = 128, 16
 """Fine rows that are placed, and layouts that are simulated, together."""
+LEAST = 1024
+"""Coarse rows of which together the one is looked for that holds least."""
 
 
 class Coarse(NamedTuple):
@@ -135,7 +137,7 @@ class Search:
                 self._refine(space, coarse, slice(position, position + chunk))
                 position, chunk = position + chunk, min(4 * chunk, CHUNKS[1])
         if not self.result.best and self.result.nearest is None:
-            self._least(space)
+            self.least()
         self.result.best.sort(key=lambda found: (found.step, found.peak))
         if self.keep > 1:
             self.result.front = self._simulate_front()
@@ -217,19 +219,36 @@ class Search:
                 front.append(estimate)
         return front
 
-    def _least(self, space: Space) -> None:
-        """Where even bounds do not fit: what holds least, with the most that ZeRO and recompute save."""
-        for pp, rows in space.coarse():
-            wanted = np.zeros((len(space.zeros), len(space.codes), len(rows["tp"])), bool)
-            wanted[-1, -1], wanted[0, -1] = True, rows["dp"] * rows["cp"] == 1
-            base, _ = space.fine(pp, rows, wanted)
-            holding = Holding(self.problem.shape, self.problem.seq_len, base, self.problem.constants)
-            for group, taken in space.scheduled(base):
-                total = holding.memory(group, self.problem.contents(group.stages), taken).total.max(1)
-                row = int(total.argmin())
-                if self.result.nearest is None or total[row] < self.result.nearest.peak:
-                    layout = self._layout(group, row, self._orders(group, row)[0])
-                    self.result.nearest = evaluate(self.problem, [layout])[0]
+    def least(self) -> Estimate | None:
+        """What holds least, with the most that ZeRO and recompute save; None: nothing is legal."""
+        space = Space(self.problem)
+        coarse, segments = cuts(space)
+        parts = []
+        for pp, rows in coarse:
+            held = least_bytes(space, pp, rows, segments)
+            order = np.argsort(held, kind="stable")
+            chunks = [order[start : start + LEAST] for start in range(0, len(order), LEAST)]
+            parts += [(float(held[chunk[0]]), pp, rows, chunk) for chunk in chunks]
+        for bound, pp, rows, chunk in sorted(parts, key=lambda part: part[0]):
+            if self.result.nearest and bound >= self.result.nearest.peak:
+                break
+            self._note_least(space, pp, {name: column[chunk] for name, column in rows.items()})
+        return self.result.nearest
+
+    def _note_least(self, space: Space, pp: int, rows: dict[str, np.ndarray]) -> None:
+        """What holds least of some coarse rows, if it is less than what is known."""
+        wanted = np.zeros((len(space.zeros), len(space.codes), len(rows["tp"])), bool)
+        wanted[-1, -1], wanted[0, -1] = True, rows["dp"] * rows["cp"] == 1
+        base, _ = space.fine(pp, rows, wanted)
+        holding = Holding(self.problem.shape, self.problem.seq_len, base, self.problem.constants)
+        for group, taken in space.scheduled(base):
+            parts = self.problem.contents(group.stages)
+            ranks = heaviest(group, parts, bool(shares_ends(self.problem.shape)))
+            total = holding.memory(group, parts, taken, ranks=ranks).total.max(1)
+            row = int(total.argmin())
+            if self.result.nearest is None or total[row] < self.result.nearest.peak:
+                layout = self._layout(group, row, self._orders(group, row)[0])
+                self.result.nearest = evaluate(self.problem, [layout])[0]
 
     def _layout(self, group: Candidates, row: int, order: tuple[str, ...]) -> Layout:
         passed = {key: value for key, value in self.problem.fixed.items() if key not in CHOSEN}

@@ -59,7 +59,7 @@ class Space:
         """For each pp: columns without ZeRO and recompute."""
         problem = self.problem
         for pp in self._values("pp", divisors(problem.ranks)):
-            if pp > problem.model.layers + 2:
+            if pp > problem.model.layers + 2 or not self.pipelines(pp):
                 continue
             parts = []
             for tp in self._values("tp", divisors(problem.ranks // pp)):

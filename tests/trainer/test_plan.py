@@ -89,7 +89,7 @@ def test_keys_of_the_command_line_are_held_and_those_of_a_recipe_that_plans_itse
 
 
 def test_a_lost_block_leaves_a_plan_for_the_rest():
-    words = [*MODEL[1:], RANKS, "plan.without=[node:0]"]
+    words = [*MODEL[1:], RANKS, "plan.without=node:0"]
     composed = planned(compose_recipe("llama3_8b", [*words, "layout=auto"]), lambda line: None)
     assert composed.recipe.placement == (16, 17, 18, 19)
     assert composed.recipe.parallel_layout.world_size == 4
@@ -104,7 +104,13 @@ def test_a_lost_block_leaves_a_plan_for_the_rest():
         (("plan", *MODEL, "plan.ranks=1000"), "plan.ranks 1000 must be 1 to the 768 that are free"),
         (("plan", *MODEL, RANKS, "plan.overlap.tp=2"), "plan.overlap.tp must be 0 to 1, but is 2"),
         (("plan", *MODEL, RANKS, "layout.stages=[2,2]"), "layout.stages is a split that the planner does not"),
-        (("plan", "llama3_405b", "plan.ranks=16"), "no layout fits into 16 ranks of cloudmatrix384: the nearest, "),
+        (("plan", "llama3_405b", "plan.ranks=16"), "no layout fits into 16 ranks of cloudmatrix384, 128 ranks of"),
+        (("plan", *MODEL, RANKS, "layout.tp=3"), "layout.tp 3 must divide model.heads 8; set layout.tp="),
+        (("plan", *MODEL, RANKS, "layout.tp=4", "layout.pp=2"), "layout.tp=4 x layout.pp=2 must divide the 4 ranks"),
+        (("plan", *MODEL, RANKS, "layout.pp=2", "layout.vpp=3", "layout.schedule=1f1b"), "layout.vpp must be 1 for"),
+        (("plan", *MODEL, RANKS, "layout.ep=2"), "layout.ep 2 x layout.etp 1 must be 1, as the model has no experts"),
+        (("plan", *MODEL, RANKS, "layout.micro_batch=3"), "train.global_batch 8 must be a multiple of layout.dp 1 x"),
+        (("plan", *MODEL, "plan.without=supernode:0"), "leave no place of cloudmatrix384 free; name fewer blocks"),
         (("explain", *MODEL, "layout=auto"), "layout.auto is true, so there is no layout to explain"),
         (("train", "layout=auto"), "topology laptop: rank.device is not known"),
     ],

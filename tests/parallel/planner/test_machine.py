@@ -94,6 +94,8 @@ def test_a_lost_cabinet_leaves_the_others():
 def test_an_uneven_allocation_is_counted_on_by_what_its_supernodes_share():
     topology = compose_topology("cloudmatrix384_roce", [])
     places = positions(topology, nodes=[48, 40, [0, 2, 5, 7]])
+    three = compose_topology("cloudmatrix384_roce", ["topology.cluster.members=3"])
+    assert positions(three, nodes=[48, 40, [0, 2, 5, 7]]) == places
     assert len(places) == (48 + 40 + 4) * 16
     assert places[768] == 768
     assert places[-1] == 2 * 768 + 7 * 16 + 15

@@ -14,7 +14,7 @@ from parallel.layout import ORDER, Layout
 from parallel.planner import Plan, Search, evaluate
 from parallel.planner.bounds import Bounds, coarse_bounds
 from parallel.planner.cuts import cuts
-from parallel.planner.explain import break_even, difference, lost_by, scaled, sensitivity, verdict
+from parallel.planner.explain import break_even, difference, lost_by, scaled, sensitivity, smallest, verdict
 from parallel.planner.memory import Holding, heaviest, shares_ends
 from parallel.planner.shape import contents
 from parallel.planner.space import Space
@@ -109,6 +109,20 @@ def test_an_expected_layout_is_rejected_with_its_reason():
     assert "over the limit of 3.3" in line
     assert "it fits with " in line
     assert " slower: " in verdict(question, Layout(dp=1, pp=4, schedule="gpipe", recompute="full"), best)
+
+
+@pytest.mark.parametrize(("memory", "ranks"), [(3.3, 1), (2.2, 1), (1.0, 2)])
+def test_the_smallest_machine_is_the_first_on_which_a_layout_fits(memory, ranks):
+    question = problem(dense(layers=4), ranks=ranks, topology=machine(2, memory_gib=memory))
+    assert not Search(question).run().best
+    numbers = [n for n in range(2, 65, 2) if 16 % n == 0 or n % 16 == 0]
+    fit = [n for n in numbers if Search(replace(question, positions=tuple(range(n))), keep=1).run().best]
+    assert smallest(question) == (min(fit) if fit else None)
+
+
+def test_a_machine_that_is_too_small_as_a_whole_has_no_smallest():
+    topology = replace(machine(2, memory_gib=0.1), limit=4)
+    assert smallest(problem(dense(layers=4), ranks=2, topology=topology)) is None
 
 
 def test_a_remedy_for_too_much_memory_fits():
