@@ -1,67 +1,140 @@
-"""`busway explain`: what one layout does and why it is not, or is, the plan."""
+"""`busway explain`: what one layout does and why it is not, or is, the plan; and what sets two layouts apart."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from models.checks import ConfigError
-from parallel.planner import Plan, Problem, Search, evaluate
+from parallel.planner import Plan, Search, evaluate
 from parallel.planner.explain import NAMES, difference, lost_by, too_large
+from parallel.planner.problem import CHOSEN
 from parallel.schedules import Times, draw, simulate
-from trainer.callbacks.console import terminal
-from trainer.compose import compose_recipe
+from trainer.callbacks.console import plain_table, terminal
+from trainer.compose import YAML, Composed, compose_recipe
 from trainer.errors import EXIT_DONE
 from trainer.plan import details, headline
-from trainer.planning import plan_of, problem_of_layout
+from trainer.planning import plan_of, problem_of, problem_of_layout, search
 from trainer.recipe import Recipe
+from trainer.settings import LayoutSettings
 from trainer.train import add_recipe, recipe_of
 
 
 def register(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `busway explain`."""
     add_recipe(parser)
+    parser.add_argument(
+        "--against", metavar="key=value|PLAN.yaml", action="append", default=[],
+        help="compare with the same recipe under other keys (may be given several times), or with another recipe",
+    )  # fmt: skip
     parser.add_argument("--timeline", action="store_true", help="draw the passes of one step on each pipeline rank")
-    parser.add_argument("--alone", action="store_true", help="do not search for a better layout to compare with")
+    parser.add_argument("--alone", action="store_true", help="do not look for a better layout to compare with")
     parser.add_argument("--json", action="store_true", help="print the prediction as JSON")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Predict the recipe's layout; with `--timeline` draw it."""
-    recipe = compose_recipe(*recipe_of(args)).recipe
+    """Predict the recipe's layout, and compare it; with `--timeline` draw it."""
+    name, overrides = recipe_of(args)
     console = terminal(tables=True)
     if args.timeline:
-        _draw(recipe, console)
+        _draw(compose_recipe(name, overrides).recipe, console)
         return EXIT_DONE
-    problem = problem_of_layout(recipe)
-    plan = plan_of(recipe, problem, evaluate(problem, [recipe.parallel_layout])[0])
+    composed = compose_recipe(name, overrides, plan=True)
+    held = _held(composed)
+    plan = _own(compose_recipe(name, overrides).recipe) if held is None else _filled(composed, held)
+    other = _other(name, overrides, args.against) if args.against else None if args.alone else _best(plan)
     if args.json:
-        print(json.dumps(plan.prediction()))
+        print(json.dumps(plan.prediction() | _compared(plan, other)))
         return EXIT_DONE
+    if held is not None:
+        keys = " ".join(f"layout.{key}" for key in held) or "nothing"
+        console.print(f"held: {keys}; the rest is what the planner finds for {plan.problem.ranks:,} ranks")
     for part in (headline(plan), *details(plan)):
         console.print(part)
     if not plan.estimate.fits:
-        console.print(too_large(problem, plan.estimate))
-    if not args.alone:
-        _compare(problem, plan, console)
+        console.print(too_large(plan.problem, plan.estimate))
+    if other:
+        _compare(plan, other, "the other layout" if args.against else "the best layout", console)
     return EXIT_DONE
 
 
-def _compare(problem: Problem, plan: Plan, console: Console) -> None:
-    """The best layout of as many ranks, and what it does better, term by term."""
+def _held(composed: Composed) -> list[str] | None:
+    """Keys of a layout that leaves its number of ranks open, on a machine that says how many there are; None: the
+    layout is whole as it is."""
+    recipe = composed.recipe
+    ranks = recipe.plan.ranks or recipe.machine.capacity
+    if recipe.layout.dp or recipe.launcher.ranks or not ranks:
+        return None
+    plain, own = asdict(LayoutSettings()), asdict(recipe.layout)
+    return [key for key in CHOSEN if key in composed.given or own[key] != plain[key]]
+
+
+def _filled(composed: Composed, held: list[str]) -> Plan:
+    """The best layout that has the keys that are held."""
+    problem = problem_of(composed.recipe, composed.given | {*held})
+    problem, result = search(problem, 1, composed.recipe.plan.allow_idle, lambda line: None)
+    return plan_of(composed.recipe, problem, result.best[0])
+
+
+def _own(recipe: Recipe) -> Plan:
+    """The layout that a recipe says."""
+    problem = problem_of_layout(recipe)
+    return plan_of(recipe, problem, evaluate(problem, [recipe.parallel_layout])[0])
+
+
+def _other(name: str, overrides: list[str], against: list[str]) -> Plan:
+    """What `--against` names."""
+    files = [word for word in against if Path(word).suffix in YAML and "=" not in word]
+    keys = [word for word in against if word not in files]
+    if len(files) > 1:
+        raise ConfigError(f"--against names {len(files)} recipes ({', '.join(files)}); name one")
+    return _own(compose_recipe(files[0], keys).recipe if files else compose_recipe(name, [*overrides, *keys]).recipe)
+
+
+def _best(plan: Plan) -> Plan | None:
+    """The best layout of the same ranks, whatever a recipe holds; None: nothing fits."""
+    passed = {key: value for key, value in plan.problem.fixed.items() if key not in CHOSEN}
+    problem = replace(plan.problem, fixed=passed)
     result = Search(problem, keep=1).run()
-    if not result.best:
+    return Plan(problem, result.best[0], plan.dtypes) if result.best else None
+
+
+def _compared(plan: Plan, other: Plan | None) -> dict[str, Any]:
+    if other is None:
+        return {}
+    terms = {name: [own, there] for name, own, there in difference(plan, other)}
+    return {
+        "compared_with": {key: other.prediction()[key] for key in ("layout", "topology", "ranks", "step_s", "fits")},
+        "this_is": lost_by(other, plan),
+        "difference_s": terms,
+    }
+
+
+def _compare(plan: Plan, other: Plan, called: str, console: Console) -> None:
+    """Another layout, and what it does better, term by term and level by level."""
+    if plan.estimate.layout == other.estimate.layout and plan.problem.topology == other.problem.topology:
+        console.print(f"this is {called}")
         return
-    best = Plan(problem, result.best[0], plan.dtypes)
     this = "this one is" if plan.estimate.fits else "if it fitted, this one would be"
-    console.print(f"the best layout: {headline(best)}\n{this} {lost_by(best, plan)}")
-    for name, seconds, own in difference(best, plan)[:6]:
-        if abs(own - seconds) > 1e-3 * best.estimate.step:
-            console.print(f"  {NAMES[name]}: {own:.3g} s, there {seconds:.3g} s")
+    console.print(f"{called}: {headline(other)}\n{this} {lost_by(other, plan)}", "", sep="\n")
+    table = plain_table(["what differs"], ["here", "there", "difference"])
+    for name, own, there in difference(plan, other):
+        if abs(own - there) > 1e-3 * other.estimate.step:
+            table.add_row(f"{NAMES[name]}, s", f"{own:.3g}", f"{there:.3g}", f"{own - there:+.3g}")
+    for level in {**plan.levels, **other.levels}:
+        own, there = (p.levels.get(level, 0) / 1e9 for p in (plan, other))
+        if own != there:
+            table.add_row(f"wire over {level}, GB a rank", f"{own:,.4g}", f"{there:,.4g}", f"{own - there:+,.4g}")
+    own, there = (p.estimate.peak / 2**30 for p in (plan, other))
+    table.add_row("memory of the fullest rank, GiB", f"{own:.1f}", f"{there:.1f}", f"{own - there:+.1f}")
+    console.print(table)
 
 
 def _draw(recipe: Recipe, console: Console) -> None:
@@ -70,8 +143,7 @@ def _draw(recipe: Recipe, console: Console) -> None:
     if recipe.layout.auto or recipe.parallel_layout.pp == 1:
         raise ConfigError("layout.pp is 1, so there is no pipeline to draw; set layout.pp=2 or more")
     if recipe.machine.rank.device and all(level.bandwidth for level in recipe.machine.levels):
-        problem = problem_of_layout(recipe)
-        timeline = Plan(problem, evaluate(problem, [recipe.parallel_layout])[0]).timeline
+        timeline = _own(recipe).timeline
     else:
         timeline = simulate(recipe.parallel_layout.pipeline(recipe.train.global_batch), Times())
     width = shutil.get_terminal_size((120, 24)).columns
