@@ -6,24 +6,40 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
-from parallel.layout import Layout
-from parallel.planner import Plan, Problem, Result
-from parallel.planner.explain import NAMES, Sensitivity, break_even, lost_by, sensitivity
-from trainer.callbacks.console import terminal
+from models.checks import ConfigError, check_at_least
+from parallel.planner import Plan, Result
+from parallel.planner.explain import NAMES, Sensitivity, break_even, lost_by, nested, nestings, sensitivity
+from trainer.callbacks.console import plain_table, short, terminal
 from trainer.compose import Composed, compose_recipe
 from trainer.errors import EXIT_DONE
 from trainer.files import write_text
 from trainer.machine import writing_to
-from trainer.planning import plan_of, problem_of, search, with_layout
+from trainer.planning import Say, plan_of, problem_of, search, with_layout
 from trainer.recipe import resolved
 from trainer.train import add_recipe, recipe_of
 
 SET_OUT = "set plan.out to"
+WHAT_IF = ("plan.ranks", "plan.without", "plan.nodes", "topology.")
+"""How words begin that ask what if the machine were another."""
+
+
+class Answer(NamedTuple):
+    """What `busway plan` found."""
+
+    composed: Composed
+    plans: list[Plan]
+    """The best first, at least two where there are as many."""
+    result: Result
+    changes: list[Sensitivity]
+    idle: int
+    """Ranks that are left unused."""
+    whole: Plan | None
+    """What the machine would do as it is, where words ask what if."""
 
 
 def register(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +53,7 @@ def register(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Search, print, and write the plan's files."""
+    check_at_least("--top", args.top, 1)
     name, overrides = recipe_of(args)
     composed = compose_recipe(name, overrides, plan=True)
     progress = Console(stderr=True, highlight=False)
@@ -44,29 +61,48 @@ def run(args: argparse.Namespace) -> int:
         question = problem_of(composed.recipe, composed.given)
         problem, result = search(question, max(args.top, 2), composed.recipe.plan.allow_idle, status.update)
         plans = [plan_of(composed.recipe, problem, found) for found in result.best]
-        changes = sensitivity(problem, plans[0]) if args.sensitivity else []
+        answer = Answer(
+            composed, plans, result, sensitivity(problem, plans[0]) if args.sensitivity else [],
+            question.ranks - problem.ranks, _whole(name, overrides, status.update),
+        )  # fmt: skip
     out = Path(composed.recipe.plan.out).expanduser() / composed.name
     if args.json:
-        print(json.dumps(document(composed, plans, result, changes)))
+        print(json.dumps(document(answer)))
     else:
-        show(terminal(tables=True), problem, plans, result, changes)
+        show(terminal(tables=True), answer, args.top)
     if not args.json or any(word.startswith("plan.out=") for word in overrides):
-        _write(out, composed, plans, result, changes)
+        _write(out, answer)
         print(f"{out}/plan.yaml runs with `busway train {out}/plan.yaml`; look at {out}/report.html", file=sys.stderr)
     return EXIT_DONE
 
 
-def _write(out: Path, composed: Composed, plans: list[Plan], result: Result, changes: list[Sensitivity]) -> None:
+def _whole(name: str, overrides: list[str], say: Say) -> Plan | None:
+    """The plan without the words that ask what if: what a machine that is whole would do. None where none asks, or
+    nothing can be said."""
+    rest = [word for word in overrides if not word.lstrip("+~").startswith(WHAT_IF)]
+    if len(rest) == len(overrides):
+        return None
+    try:
+        composed = compose_recipe(name, rest, plan=True)
+        problem, result = search(problem_of(composed.recipe, composed.given), 1, composed.recipe.plan.allow_idle, say)
+    except ConfigError:  # a machine of any size, which says no number of ranks, or one on which nothing fits
+        return None
+    return plan_of(composed.recipe, problem, result.best[0])
+
+
+def _write(out: Path, answer: Answer) -> None:
     from trainer.plan_report import report
 
+    composed, plans, result, changes = answer[:4]
     with writing_to(out, SET_OUT):
         out.mkdir(parents=True, exist_ok=True)
     write_text(out / "plan.yaml", resolved(with_layout(composed, plans[0]).recipe), SET_OUT)
     write_text(out / "report.html", report(composed.name, plans, result, changes), SET_OUT)
 
 
-def document(composed: Composed, plans: list[Plan], result: Result, changes: list[Sensitivity]) -> dict[str, Any]:
+def document(answer: Answer) -> dict[str, Any]:
     """The answer as JSON: the best plan in full, the others by what tells them apart."""
+    composed, plans, result, changes, idle, whole = answer
     return {
         "recipe": composed.name,
         "plan": plans[0].prediction(),
@@ -80,6 +116,13 @@ def document(composed: Composed, plans: list[Plan], result: Result, changes: lis
             for found in result.front
         ],
         "sensitivity": [{"change": c.change, "gain": c.gain, "layout": c.plan and c.plan.product()} for c in changes],
+        "break_even": overtaking(plans) if plans[1:] else None,
+        "placement": placement(plans[0]),
+        "idle_ranks": idle,
+        "without_what_if": whole and {
+            "layout": whole.layout_keys(), "ranks": whole.problem.ranks, "step_s": whole.estimate.step,
+            "tokens_per_s": whole.tokens_per_s,
+        },
         "search": {
             "coarse": result.coarse, "ranked": result.ranked, "fitting": result.fitting,
             "simulated": result.simulated, "seconds": result.seconds,
@@ -87,19 +130,30 @@ def document(composed: Composed, plans: list[Plan], result: Result, changes: lis
     }  # fmt: skip
 
 
-def show(console: Console, problem: Problem, plans: list[Plan], result: Result, changes: list[Sensitivity]) -> None:
-    """The answer on a terminal."""
+def show(console: Console, answer: Answer, top: int) -> None:
+    """The answer on a terminal, with the `top` layouts."""
+    plans, result, changes, idle, whole = answer[1:]
     best = plans[0]
     console.print(headline(best))
-    console.print(ranking(plans))
+    if idle:
+        console.print(f"{best.problem.ranks:,} of {best.problem.ranks + idle:,} ranks are used, {idle:,} are idle")
+    if whole:
+        console.print(cost(best, whole))
+    console.print("", ranking(plans[:top]), sep="\n")
     for other in plans[1:2]:
         console.print(f"runner-up: {lost_by(best, other)}")
     for part in details(best):
         console.print(part)
     if len(plans) > 1:
-        console.print(_overtaken(problem, plans))
+        found = [f"with {share:.2g} x the bandwidth of {plane}" for plane, share in overtaking(plans).items()]
+        nowhere = "no bandwidth from 1/16 to 16 x lets the runner-up win"
+        console.print(f"the runner-up wins {' or '.join(found)}" if found else nowhere)
+    front = [f"{short(e.step)} s with {e.peak / 2**30:.1f} GiB" for e in result.front]
+    if len(front) > 1:
+        console.print(f"no layout found beats these in time and memory: {', '.join(front)}")
     for change in changes:
-        then = f"with {change.plan.product()}" if change.plan else "but no layout fits"
+        same = change.plan == best.estimate.layout
+        then = "with the same layout" if same else f"with {change.plan.product()}" if change.plan else "but none fits"
         console.print(f"{change.change}: {change.gain:+.1%} tokens/s, {then}")
     console.print(
         f"searched {result.coarse:,} cuts of the model; ranked {result.ranked:,} layouts, of which {result.fitting:,} "
@@ -123,9 +177,8 @@ def headline(plan: Plan) -> str:
 
 def ranking(plans: list[Plan]) -> Table:
     """What tells plans apart, a row each."""
-    table = _table("", "tp", "pp", "vpp", "schedule", "cp", "ep", "etp", "dp", "zero", "batch", "recompute", "order")
-    for name in ("s a step", "tokens/s", "MFU", "bubble", "GiB"):
-        table.add_column(name, justify="right")
+    sizes = ["", "tp", "pp", "vpp", "schedule", "cp", "ep", "etp", "dp", "zero", "batch", "recompute", "order"]
+    table = plain_table(sizes, ["s a step", "tokens/s", "MFU", "bubble", "GiB"])
     for number, plan in enumerate(plans, 1):
         found, layout = plan.estimate, plan.estimate.layout
         tp = f"{layout.tp} sp" if layout.sequence_parallel and layout.tp > 1 else str(layout.tp)
@@ -141,73 +194,70 @@ def ranking(plans: list[Plan]) -> Table:
             layout.etp,
             layout.dp,
         )
-        choices = (zero, layout.micro_batch, layout.recompute, _nesting(layout))
+        choices = (zero, layout.micro_batch, layout.recompute, " < ".join(nested(layout)) or "-")
         figures = (f"{found.step:.4g}", f"{plan.tokens_per_s:,.0f}", f"{plan.mfu:.1%}", f"{found.bubble:.1%}")
         table.add_row(str(number), *map(str, (*sizes, *choices)), *figures, f"{found.peak / 2**30:.1f}")
-    return table
-
-
-def _nesting(layout: Layout) -> str:
-    """The axes that have more than one rank, innermost first."""
-    return " < ".join(axis for axis in layout.order if getattr(layout, axis) > 1) or "-"
-
-
-def _table(*names: str) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for name in names:
-        table.add_column(name, no_wrap=True)
     return table
 
 
 def details(plan: Plan) -> list[Any]:
     """Where a step's time goes, what each axis does where, and what ranks hold."""
     found = plan.estimate
-    terms = _table("where the step goes", "s", "share")
+    terms = plain_table(["where the step goes"], ["s", "share"])
     for name, seconds in sorted(plan.terms.items(), key=lambda term: -term[1]):
-        terms.add_row(NAMES[name], f"{seconds:.3g}", f"{seconds / found.step:.1%}")
-    axes = _table("axis", "ranks", "reaches", "payload GB a step", "exposed s")
+        terms.add_row(NAMES[name], short(seconds), f"{seconds / found.step:.1%}")
+    axes = plain_table(["axis", "reaches"], ["ranks", "payload GB a step", "exposed s"])
     for axis in plan.axes:
-        cells = (
-            axis["axis"],
-            axis["size"],
-            axis["level"],
-            f"{axis['payload_bytes'] / 1e9:.3g}",
-            f"{axis['seconds']:.3g}",
-        )
-        axes.add_row(*map(str, cells))
-    levels = _table("level", "wire GB a step and rank")
+        numbers = short(axis["payload_bytes"] / 1e9), short(axis["seconds"])
+        axes.add_row(axis["axis"], axis["level"], f"{axis['size']:,}", *numbers)
+    levels = plain_table(["level"], ["wire GB a step and rank"])
     for name, size in plan.levels.items():
-        levels.add_row(name, f"{size / 1e9:.3g}")
+        levels.add_row(name, short(size / 1e9))
     memory = plan.memory()
-    held = _table("GiB of pipeline rank", *memory[0], "in all")
+    held = plain_table(["GiB of pipeline rank"], [*memory[0], "in all"])
     for place in sorted({0, len(memory) // 2, len(memory) - 1}):
         parts = memory[place]
         held.add_row(str(place), *(f"{value:.2f}" for value in parts.values()), f"{sum(parts.values()):.2f}")
     notes = [f"HCCL_ALGO={plan.algorithms}"] if plan.algorithms else []
-    notes += [placement(plan), f"constants: {plan.problem.fit.chosen}"]
-    return ["", terms, "", axes, "", levels, "", held, "", *notes]
+    notes += [f"placement: {placement(plan)}", f"constants: {constants(plan)}"]
+    return ["", terms, *["", axes] * bool(plan.axes), "", levels, "", held, "", *notes]
 
 
 def placement(plan: Plan) -> str:
     """Whether the nesting of axes matters on this machine."""
-    planes = {plan.mesh.topology.levels[0].plane.name} | {
-        level.plane.name for level in plan.mesh.topology.levels if level.name in {axis["level"] for axis in plan.axes}
-    }
-    if (
-        len({level.bandwidth for level in plan.mesh.topology.levels if level.plane.name in planes}) == 1
-        or len(planes) == 1
-    ):
-        return "placement: every axis lies inside one network, where it makes no difference"
-    return f"placement: axes nest, innermost first, {_nesting(plan.estimate.layout)}"
+    steps = {tuple(nested(found.layout)): found.step for found in nestings(plan)}
+    if len(steps) < 2:
+        return "no two axes have several ranks, so that there is nothing to nest"
+    own, best, worst = plan.estimate.step, min(steps, key=steps.get), max(steps, key=steps.get)
+    more, less = steps[worst] / own - 1, 1 - steps[best] / own
+    if steps[worst] < steps[best] * (1 + 5e-4):
+        return f"it makes no difference: all {len(steps)} nestings of the axes take as long"
+    line = f"axes nest, innermost first, {' < '.join(nested(plan.estimate.layout))}; of {len(steps)} nestings the"
+    if less > 5e-4:
+        return f"{line} best, {' < '.join(best)}, takes {less:.1%} less"
+    return f"{line} worst, {' < '.join(worst)}, takes {more:.1%} more" + (", which is little" if more < 0.02 else "")
 
 
-def _overtaken(problem: Problem, plans: list[Plan]) -> str:
-    """At which bandwidth the runner-up wins."""
-    found = []
-    for plane in problem.topology.planes:
-        share = break_even(problem, plans[0].estimate.layout, plans[1].estimate.layout, plane.name)
-        if share is not None:
-            found.append(f"with {share:.2g} x the bandwidth of {plane.name}")
+def constants(plan: Plan) -> str:
+    """Whose constants a plan has, and by how much they miss what was published."""
+    fit = plan.problem.fit
+    if "median_abs_err" not in fit.error:
+        return f"{fit.chosen}, which are not fitted"
+    rows, error = fit.error["rows"], fit.error["median_abs_err"]
+    return f"{fit.chosen}, which miss {rows:,} measured {'run' if rows == 1 else 'runs'} by {error:.1%} in the median"
+
+
+def overtaking(plans: list[Plan]) -> dict[str, float]:
+    """By plane, the share of its bandwidth at which the runner-up wins, where there is one."""
+    problem, (best, other) = plans[0].problem, (plan.estimate.layout for plan in plans[:2])
+    shares = {plane.name: break_even(problem, best, other, plane.name) for plane in problem.topology.planes}
+    return {plane: share for plane, share in shares.items() if share is not None}
+
+
+def cost(plan: Plan, whole: Plan) -> str:
+    """What a machine that is not whole costs."""
+    less, fewer = 1 - plan.tokens_per_s / whole.tokens_per_s, 1 - plan.problem.ranks / whole.problem.ranks
     return (
-        f"the runner-up wins {' or '.join(found)}" if found else "no bandwidth from 1/16 to 16 x lets the runner-up win"
+        f"as it is the machine has {whole.problem.ranks:,} ranks, {short(whole.estimate.step)} s a step with "
+        f"{whole.estimate.layout.product()}: this is {less:.1%} fewer tokens/s on {fewer:.1%} fewer ranks"
     )

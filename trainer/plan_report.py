@@ -167,7 +167,7 @@ def _axes(plan: Plan) -> str:
     ]
     body = figure + table(("axis", "ranks", "reaches", "payload a step", "exposed"), rows, (1, 3, 4))
     algorithms = f" <code>HCCL_ALGO={escape(plan.algorithms)}</code>" if plan.algorithms else ""
-    notes = f'<p class="soft">{escape(placement(plan))}.{algorithms}</p>'
+    notes = f'<p class="soft">{escape(placement(plan).capitalize())}.{algorithms}</p>'
     lead = "A bar runs to the outermost level that a group's messages cross; numbers are blocks that a group lies in."
     return section("Where each axis lies", lead, body + notes)
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from models.checks import ConfigError, check
 from parallel import rank_table, topology
 from parallel.topology import ANY, Topology
-from trainer.callbacks.console import terminal
+from trainer.callbacks.console import plain_table, terminal
 from trainer.compose import YAML, compose_topology, read_yaml
 from trainer.errors import EXIT_DONE
 from trainer.files import write_text
@@ -179,7 +179,7 @@ def _headline(machine: Topology) -> str:
 
 def _levels(machine: Topology) -> Table:
     dtype, rows = _dtype(machine), described(machine)["levels"]
-    table = _table("level", "holds", "ranks", "in all", "GB/s", "us", "plane", dtype, "memory")
+    table = plain_table(["level"], ["holds", "ranks", "in all", "GB/s", "us", "plane", dtype, "memory"])
     for depth, row in enumerate(reversed(rows)):
         inner = rows[row["index"] - 1]["name"] if row["index"] else machine.rank.name
         counts = (f"{row['members'] or ANY} x {inner}", _number(row["ranks"], ANY), _number(row["blocks"], ANY))
@@ -191,16 +191,9 @@ def _levels(machine: Topology) -> Table:
 
 
 def _planes(machine: Topology) -> Table:
-    table = _table("plane", "injection GB/s")
+    table = plain_table(["plane"], ["injection GB/s"])
     for plane in machine.planes:
         table.add_row(plane.name, _number(plane.injection))
-    return table
-
-
-def _table(first: str, *others: str) -> Table:
-    table = Table(first, box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for name in others:
-        table.add_column(name, justify="left" if name == "plane" else "right", no_wrap=True)
     return table
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import permutations
 from typing import Any
 
 from models.checks import ConfigError, check
@@ -61,6 +62,19 @@ def lost_by(best: Plan, other: Plan) -> str:
 def _named(changes: Iterable[tuple[str, float]]) -> str:
     """The first two of some (term, seconds)."""
     return " and ".join(f"{NAMES[name]} ({seconds:+.3g} s)" for name, seconds in [*changes][:2])
+
+
+def nested(layout: Layout) -> list[str]:
+    """The axes that have more than one rank, innermost first."""
+    return [axis for axis in layout.order if getattr(layout, axis) > 1]
+
+
+def nestings(plan: Plan) -> list[Estimate]:
+    """The plan's layout under every nesting of its axes, which differ in nothing but where groups lie."""
+    layout = plan.estimate.layout
+    rest = [axis for axis in layout.order if axis not in nested(layout)]
+    orders = [(*order, *rest) for order in permutations(nested(layout))]
+    return evaluate(plan.problem, [replace(layout, order=order) for order in orders])
 
 
 def verdict(problem: Problem, layout: Layout, best: Plan | None) -> str:

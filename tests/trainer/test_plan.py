@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -111,7 +112,9 @@ def test_a_lost_block_leaves_a_plan_for_the_rest():
         (("plan", *MODEL, RANKS, "layout.ep=2"), "layout.ep 2 x layout.etp 1 must be 1, as the model has no experts"),
         (("plan", *MODEL, RANKS, "layout.micro_batch=3"), "train.global_batch 8 must be a multiple of layout.dp 1 x"),
         (("plan", *MODEL, "plan.without=supernode:0"), "leave no place of cloudmatrix384 free; name fewer blocks"),
-        (("explain", *MODEL, "layout=auto"), "layout.auto is true, so there is no layout to explain"),
+        (("explain", *MODEL, "layout=auto", "launcher.ranks=4"), "layout.auto is true, so there is no layout to explain"),
+        (("plan", *MODEL, RANKS, "--top", "0"), "--top must be at least 1"),
+        (("explain", *MODEL, "--against", "a.yaml", "--against", "b.yaml"), "--against names 2 recipes"),
         (("train", "layout=auto"), "topology laptop: rank.device is not known"),
     ],
 )  # fmt: skip
@@ -123,11 +126,64 @@ def test_what_cannot_be_planned_gets_one_line(words, line, capsys):
 
 
 def test_explain_compares_a_layout_with_the_best(capsys):
-    assert cli.main(["explain", *MODEL, "layout.tp=4", "layout.recompute=full"]) == 0
+    assert cli.main(["explain", *MODEL, "layout.dp=1", "layout.tp=4", "layout.recompute=full"]) == 0
     out = capsys.readouterr().out
     assert "pp 1 x dp 1 x cp 1 x tp 4 = 4 ranks on cloudmatrix384" in out
     assert "this one is " in out and " slower: " in out
-    assert "recompute: " in out
+    assert "recompute, s " in out and "wire over package, GB a rank " in out
+
+
+def test_explain_plans_the_rest_of_a_layout_that_leaves_the_number_of_ranks_open(capsys):
+    assert cli.main(["explain", *MODEL, RANKS, "layout.tp=4", "layout.recompute=full"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("held: layout.tp layout.recompute; the rest is what the planner finds for 4 ranks")
+    assert "pp 1 x dp 1 x cp 1 x tp 4 = 4 ranks on cloudmatrix384" in out
+    assert "the best layout: pp " in out and " slower: " in out
+
+
+def test_explain_sets_two_layouts_or_plans_against_each_other(tmp_path, capsys):
+    assert cli.main(["plan", *MODEL, RANKS, f"plan.out={tmp_path}"]) == 0
+    plan, own = f"{tmp_path}/llama3_8b/plan.yaml", ["layout.dp=1", "layout.tp=4"]
+    capsys.readouterr()
+    assert cli.main(["explain", *MODEL, *own, "--json", "--against", plan]) == 0
+    found = json.loads(capsys.readouterr().out)
+    best = yaml.safe_load(Path(plan).read_text())["plan"]["prediction"]
+    assert found["compared_with"]["step_s"] == pytest.approx(best["step_s"])
+    assert found["this_is"].startswith(f"{found['step_s'] / best['step_s'] - 1:.1%} slower: ")
+    own_terms, their_terms = (sum(pair[side] for pair in found["difference_s"].values()) for side in (0, 1))
+    assert own_terms == pytest.approx(found["step_s"]) and their_terms == pytest.approx(best["step_s"])
+    assert cli.main(["explain", *MODEL, *own, "--json", "--against", "layout.dp=2", "--against", "layout.tp=2"]) == 0
+    assert json.loads(capsys.readouterr().out)["compared_with"]["layout"]["tp"] == 2
+    assert cli.main(["explain", plan]) == 0
+    assert capsys.readouterr().out.rstrip().endswith("this is the best layout")
+
+
+def test_what_if_says_what_it_costs(capsys):
+    words = ["plan", *MODEL, "train.global_batch=8448", "plan.without=cabinet:3", "--json"]
+    assert cli.main(words) == 0
+    answer = json.loads(capsys.readouterr().out)
+    whole = answer["without_what_if"]
+    assert (whole["ranks"], answer["plan"]["ranks"]) == (768, 704)
+    assert whole["tokens_per_s"] > answer["plan"]["tokens_per_s"]
+
+
+def test_a_machine_whose_ranks_do_not_divide_the_batch_leaves_some_idle(capsys):
+    held = ["layout.pp=1", "layout.tp=1", "layout.cp=1", "plan.ranks=17", "plan.allow_idle=true"]
+    assert cli.main(["plan", *MODEL, "train.global_batch=16", *held, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["idle_ranks"] == 1
+
+
+@pytest.mark.parametrize(
+    ("keys", "line"),
+    [
+        (["topology=atlas_900_a2", "plan.ranks=16", "layout.tp=8", "layout.dp=2"], "the worst, dp < tp, takes "),
+        (["topology=cloudmatrix384", "plan.ranks=4", "layout.tp=2", "layout.dp=2"], "nestings"),
+        (["topology=cloudmatrix384", "plan.ranks=4", "layout.tp=4"], "no two axes have several ranks"),
+    ],
+)
+def test_a_plan_says_whether_placement_matters(keys, line, capsys):
+    assert cli.main(["plan", *(word for word in MODEL if not word.startswith("topology=")), *keys, "--json"]) == 0
+    assert line in json.loads(capsys.readouterr().out)["placement"]
 
 
 def test_explain_alone_gives_json_of_the_layout(capsys):

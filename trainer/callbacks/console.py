@@ -42,6 +42,11 @@ WIDE = 150
 """Columns that every table fits into."""
 
 
+def short(value: float) -> str:
+    """Three digits, and all of those before the point."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
 def terminal(tables: bool = False) -> RichConsole:
     """The console of this process, which prints text as it is. A terminal too narrow for `tables` wraps their lines,
     but loses none."""
