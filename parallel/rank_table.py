@@ -217,16 +217,20 @@ def export(table: RankTable, placement: Sequence[int]) -> tuple[dict[str, Any], 
     """The table in the order of `placement`, and (host, node_rank) of each server in that order.
 
     `placement[rank]` is the position where a rank is to run, as in `parallel.mesh.Mesh`: the rank that its device has
-    in `table`. HCCL takes permutations of supernodes, of servers within one and of devices within a server, no others.
+    in `table`. Devices without a rank, and servers without any, are left out. HCCL takes permutations of supernodes, of
+    servers within one and of devices within a server, no others.
     """
-    rule = f"must give each of the {table.ranks} positions of the rank table to one rank, but has {len(placement)}"
-    legal = sorted(placement) == list(range(table.ranks))
-    check(legal, "placement", rule, "plan on a topology imported from this table")
-    uneven = {len(server.devices) for server in table.servers}
-    rule = f"have {' or '.join(map(str, sorted(uneven)))} devices, but node_rank needs equally many on each"
-    check(len(uneven) == 1, "the rank table's servers", rule, "leave devices out of the table")
+    rule = f"must name positions below the {table.ranks} of the rank table, each once"
+    legal = len({*placement}) == len(placement) and all(0 <= position < table.ranks for position in placement)
+    check(legal and len(placement) > 0, "placement", rule, "plan on a topology imported from this table")
     rank_of = {position: rank for rank, position in enumerate(placement)}
-    ordered = sorted(table.servers, key=lambda server: min(_ranks(server, rank_of)))
+    used = [server for server in table.servers if _ranks(server, rank_of)]
+    uneven = {len(_ranks(server, rank_of)) for server in used}
+    rule = f"have {' or '.join(map(str, sorted(uneven)))} devices with ranks, but node_rank needs equally many on each"
+    check(
+        len(uneven) == 1, "the rank table's servers", rule, "leave devices out of the table, or plan on whole servers"
+    )
+    ordered = sorted(used, key=lambda server: min(_ranks(server, rank_of)))
     for server in ordered:
         ranks = sorted(_ranks(server, rank_of))
         rule = f"puts ranks of other servers between ranks {ranks[0]} and {ranks[-1]} of server {server.name}"
@@ -238,19 +242,32 @@ def export(table: RankTable, placement: Sequence[int]) -> tuple[dict[str, Any], 
 
     written = copy.deepcopy(dict(table.source))
     place = {server.name: place for place, server in enumerate(ordered)}
-    written["server_list"].sort(key=lambda entry: place[entry["server_id"]])
+    _order(written["server_list"], place)
+    if "server_count" in written:
+        written["server_count"] = str(len(ordered))
     for entry in written["server_list"]:
+        entry["device"] = [device for device in entry["device"] if int(device["rank_id"]) in rank_of]
         for device in entry["device"]:
             device["rank_id"] = str(rank_of[int(device["rank_id"])])
         entry["device"].sort(key=lambda device: int(device["rank_id"]))
-    for pod in written.get("super_pod_list", ()):
-        pod["server_list"].sort(key=lambda entry: place[entry["server_id"]])
-    written.get("super_pod_list", []).sort(key=lambda pod: place[pod["server_list"][0]["server_id"]])
+    if pods := written.get("super_pod_list"):
+        for pod in pods:
+            _order(pod["server_list"], place)
+        pods[:] = [pod for pod in pods if pod["server_list"]]
+        pods.sort(key=lambda pod: place[pod["server_list"][0]["server_id"]])
     return written, [(server.host, place[server.name]) for server in ordered]
 
 
+def _order(entries: list[Any], place: Mapping[str, int]) -> None:
+    """Servers' entries by their place; those that have none go."""
+    entries[:] = [entry for entry in entries if entry["server_id"] in place]
+    entries.sort(key=lambda entry: place[entry["server_id"]])
+
+
 def _ranks(server: Server, rank_of: Mapping[int, int]) -> list[int]:
-    return [rank_of[server.first + place] for place in range(len(server.devices))]
+    """Of the devices that have one."""
+    places = range(server.first, server.first + len(server.devices))
+    return [rank_of[place] for place in places if place in rank_of]
 
 
 def _text(entry: Any, key: str, where: str = "rank table") -> str:

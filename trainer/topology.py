@@ -15,7 +15,7 @@ from models.checks import ConfigError, check
 from parallel import rank_table, topology
 from parallel.topology import ANY, Topology
 from trainer.callbacks.console import plain_table, terminal
-from trainer.compose import YAML, compose_topology, read_yaml
+from trainer.compose import YAML, compose_recipe, compose_topology, read_yaml
 from trainer.errors import EXIT_DONE
 from trainer.files import write_text
 from trainer.probe import add_probe
@@ -110,12 +110,9 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
 
 def _export(args: argparse.Namespace) -> int:
     table = _read_table(args.table, args.msrun)
-    plan = read_yaml(Path(args.plan), "plan") if args.plan else {}
-    placement = plan.get("placement", list(range(table.ranks)))
-    whole = isinstance(placement, list) and all(type(position) is int for position in placement)
-    check(whole, "placement", "must be a list of positions", "write the position of rank 0, of rank 1, …")
-    written, hosts = rank_table.export(table, placement)
     out = _out(args.out, (".json",))
+    check(out.resolve() != Path(args.table).resolve(), f"--out {out}", "is the table itself", "name another file")
+    written, hosts = rank_table.export(table, _placement(args.plan, table) if args.plan else range(table.ranks))
     lines = [f"{host} {node_rank}" for host, node_rank in hosts]
     ids = [[device["device_id"] for device in server["device"]] for server in written["server_list"]]
     if any(devices != sorted(devices, key=int) for devices in ids):  # a process counts devices in this order
@@ -125,6 +122,24 @@ def _export(args: argparse.Namespace) -> int:
     write_text(out.with_suffix(".node_rank"), text, SET_OUT)
     print(text, end="")
     return EXIT_DONE
+
+
+def _placement(file: str, table: rank_table.RankTable) -> list[int]:
+    """The positions of a plan's ranks: those that it lists (`runs/NAME/plan.yaml`), or where its recipe puts them."""
+    plan = read_yaml(Path(file), "plan")
+    if "placement" not in plan:
+        check(
+            {"layout", "topology"} <= {*plan}, f"plan {file}", "has no placement, and is no recipe", "name a plan.yaml"
+        )
+        recipe = compose_recipe(file, []).recipe
+        known, holds = recipe.machine.capacity, f"is for the {recipe.machine.capacity} ranks of {recipe.machine.name}"
+        rule = f"{holds}, but the table has {table.ranks}"
+        check(known in (None, table.ranks), f"plan {file}", rule, "plan on a topology imported from this table")
+        return list(recipe.placement)
+    placement = plan["placement"]
+    whole = isinstance(placement, list) and all(type(position) is int for position in placement)
+    check(whole, "placement", "must be a list of positions", "write the position of rank 0, of rank 1, …")
+    return placement
 
 
 def _read_table(path: str, msrun: bool) -> rank_table.RankTable:

@@ -209,6 +209,12 @@ def test_supernodes_that_change_places_take_their_ranks_hosts_and_all_fields_alo
     assert read(written).servers[0].name == "node_1"
 
 
+def test_servers_without_ranks_are_left_out_and_counted_out():
+    written, hosts = export(read(EXAMPLE), [2, 3])
+    assert hosts == [("172.16.0.101", 0)] and written["server_count"] == "1"
+    assert read(written).servers[0].name == "node_1" and len(written["super_pod_list"]) == 1
+
+
 def test_every_permutation_of_supernodes_servers_and_devices_is_written_and_read_back():
     seed = random.randrange(2**32)
     print(f"seed {seed}")
@@ -237,8 +243,9 @@ def test_every_permutation_of_supernodes_servers_and_devices_is_written_and_read
     [
         ([0, 2, 1, 3, 4, 5, 6, 7], "puts ranks of other servers between ranks 0 and 2 of server host-0-0"),
         ([0, 1, 4, 5, 2, 3, 6, 7], "puts ranks of other supernodes among those of supernode pod 0"),
-        ([0, 1, 2, 3, 4, 5, 6], "must give each of the 8 positions of the rank table to one rank, but has 7"),
-        ([0, 1, 2, 3, 4, 5, 6, 6], "must give each of the 8 positions"),
+        ([0, 1, 2, 3, 4, 5, 6], "have 1 or 2 devices with ranks, but node_rank needs equally many on each"),
+        ([0, 1, 2, 3, 4, 5, 6, 6], "must name positions below the 8 of the rank table, each once"),
+        ([0, 1, 2, 3, 4, 5, 6, 8], "must name positions below the 8 of the rank table, each once"),
     ],
 )  # fmt: skip
 def test_orders_that_hccl_does_not_take_are_refused(placement, message):
@@ -247,5 +254,5 @@ def test_orders_that_hccl_does_not_take_are_refused(placement, message):
 
 
 def test_servers_of_unequal_size_have_no_node_rank():
-    with pytest.raises(ConfigError, match="have 2 or 4 devices, but node_rank needs equally many"):
+    with pytest.raises(ConfigError, match="have 2 or 4 devices with ranks, but node_rank needs equally many"):
         export(read(made([4, 2])), range(6))

@@ -112,7 +112,7 @@ def test_a_lost_block_leaves_a_plan_for_the_rest():
         (("plan", *MODEL, RANKS, "layout.ep=2"), "layout.ep 2 x layout.etp 1 must be 1, as the model has no experts"),
         (("plan", *MODEL, RANKS, "layout.micro_batch=3"), "train.global_batch 8 must be a multiple of layout.dp 1 x"),
         (("plan", *MODEL, "plan.without=supernode:0"), "leave no place of cloudmatrix384 free; name fewer blocks"),
-        (("explain", *MODEL, "layout=auto", "launcher.ranks=4"), "layout.auto is true, so there is no layout to explain"),
+        (("explain", *MODEL, "layout=auto", "launcher.ranks=4"), "layout.auto is true, so there is no layout"),
         (("plan", *MODEL, RANKS, "--top", "0"), "--top must be at least 1"),
         (("explain", *MODEL, "--against", "a.yaml", "--against", "b.yaml"), "--against names 2 recipes"),
         (("train", "layout=auto"), "topology laptop: rank.device is not known"),

@@ -118,6 +118,22 @@ def test_export_writes_the_table_and_the_hosts_in_the_order_of_a_plan(busway, ta
     assert json.loads(out.read_text()) == json.loads(table.read_text())
 
 
+def test_export_leaves_out_what_a_plan_does_not_use(busway, table, tmp_path):
+    site, out = tmp_path / "site.yaml", tmp_path / "new.json"
+    busway(0, "topology", "import", table, "--out", site)
+    model = ("model.layers=2", "data.seq_len=512", "train.global_batch=4", f"plan.out={tmp_path}")
+    busway(0, "plan", "llama3_8b", f"topology={site}", *model, "plan.without=node:0")
+    plan = tmp_path / "llama3_8b" / "plan.yaml"
+    assert busway(0, "topology", "export", table, plan, "--out", out) == f"{HOSTS[1]} 0\n"
+    written = json.loads(out.read_text())
+    assert [server["server_id"] for server in written["server_list"]] == ["node_1"]
+    assert [device["rank_id"] for device in written["server_list"][0]["device"]] == ["0", "1"]
+    assert [[server["server_id"] for server in pod["server_list"]] for pod in written["super_pod_list"]] == [["node_1"]]
+    assert "is the table itself" in busway(2, "topology", "export", table, plan, "--out", table)
+    busway(0, "plan", "llama3_8b", "topology=cloudmatrix384", "plan.ranks=4", *model)
+    assert "but the table has 4" in busway(2, "topology", "export", table, plan, "--out", out)
+
+
 def test_export_says_which_devices_a_server_counts_in_another_order(busway, table, tmp_path):
     plan = tmp_path / "plan.yaml"
     plan.write_text("placement: [1, 0, 2, 3]\n")
@@ -131,7 +147,10 @@ def test_export_says_which_devices_a_server_counts_in_another_order(busway, tabl
     ("plan", "message"),
     [
         ("placement: [0, 2, 1, 3]", "puts ranks of other servers between ranks 0 and 2 of server node_0"),
-        ("placement: [0, 1]", "must give each of the 4 positions"),
+        ("placement: [0, 4]", "must name positions below the 4 of the rank table, each once"),
+        ("placement: [0, 0]", "must name positions below the 4 of the rank table, each once"),
+        ("placement: [0, 1, 2]", "have 1 or 2 devices with ranks, but node_rank needs equally many on each"),
+        ("server_list: []", "has no placement, and is no recipe; name a plan.yaml"),
         ("placement: [a, b]", "placement must be a list of positions"),
         ("placement: 3", "placement must be a list of positions"),
     ],
