@@ -124,6 +124,6 @@ def chart(
     return f'<figure role="group" aria-label="{escape(label)}">{figure}</figure>'
 
 
-def paler(colour: str, times: int) -> str:
-    """`colour` (``#rrggbb``), each time a third of the way to white."""
-    return "#" + "".join(f"{round(255 - (255 - int(colour[i : i + 2], 16)) * (2 / 3) ** times):02x}" for i in (1, 3, 5))
+def paler(colour: str, share: float) -> str:
+    """`colour` (``#rrggbb``), a share of the way to white."""
+    return "#" + "".join(f"{round(255 - (255 - int(colour[i : i + 2], 16)) * (1 - share)):02x}" for i in (1, 3, 5))

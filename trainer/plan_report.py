@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import asdict
 from html import escape
+from typing import Any
 
 from rich.filesize import decimal
 
@@ -17,7 +18,9 @@ from trainer.page import bars, chart, legend, page, paler, section, table, tiles
 from trainer.plan import placement, ranking
 
 PASSES = 1000
-"""Of a longer pipeline at most as many passes are drawn of its begin and of its end."""
+"""Of a longer pipeline as many passes are drawn of its begin and of its end; more where a rank begins later."""
+PALEST = 0.6
+"""How far to white the last stage of a rank is drawn."""
 
 COLOURS = {
     "matmul": "#1d4f8b", "attention": "#3a7cc2", "passes": "#7fb0dc", "kernels": "#b5d0ea", "recompute": "#6b5b95",
@@ -204,6 +207,8 @@ def _pipeline(plan: Plan) -> str:
     ]
     lead = f"{schedule.name}, {schedule.micro_batches:,} micro-batches, {end:.4g} s from the first pass to the last."
     windows, most = [("", passes, 0.0, end)], min(PASSES, schedule.pp * max(48, 4 * schedule.stages))
+    begun = max(starts[0] for starts in timeline.starts)  # by the last rank too
+    most = max(most, sum(start <= begun for start, *_ in passes) + 2 * schedule.pp)
     if len(passes) > 2 * most:
         by_start, by_end = sorted(passes), sorted(passes, key=lambda one: one[1])
         until, since = by_start[most][0], by_end[-most - 1][1]
@@ -224,13 +229,14 @@ def _kinds(passes: list[Pass]) -> list[str]:
 
 def _passes(pp: int, part: str, passes: list[Pass], begin: float, end: float) -> str:
     """The passes of all ranks between two seconds."""
-    traces = []
+    traces, last = [], max(1, *(action.stage // pp for *_, action in passes))
     for kind in _kinds(passes):
         starts, stops, ranks, actions = zip(*(one for one in passes if one[3].kind == kind), strict=True)
         traces.append(
             bars(
                 [stop - start for start, stop in zip(starts, stops, strict=True)], ranks,
-                [paler(COLOURS[kind], action.stage // pp) for action in actions], orientation="h", base=starts,
+                [paler(COLOURS[kind], PALEST * (action.stage // pp) / last) for action in actions],
+                orientation="h", base=starts,
                 text=[str(action.micro_batch) for action in actions], textposition="inside", textangle=0,
                 insidetextanchor="middle", customdata=[action.stage for action in actions],
                 hovertemplate=f"{PASS_NAMES[kind]} of micro-batch %{{text}}, stage %{{customdata}}: %{{base:.4g}} s"
@@ -257,8 +263,8 @@ def _front(best: Plan, result: Result) -> str:
         "hovertemplate": "%{hovertext}<br>%{x:.1f} GiB, %{y:.4g} s<extra></extra>",
     }  # fmt: skip
     own = words(
-        [best.estimate.peak / 2**30], [best.estimate.step], ["the plan  "], mode="markers+text",
-        marker={"size": 12, "color": "#1d4f8b"}, textposition="middle left",
+        [best.estimate.peak / 2**30], [best.estimate.step], ["the plan"], mode="markers+text",
+        marker={"size": 12, "color": "#1d4f8b"}, textposition="top center",
     )  # fmt: skip
     axes = {"xaxis": {"title": "GiB on the fullest rank"}, "yaxis": {"title": "seconds a step"}}
     figure = chart("chart-front", [points, own], 320, "Step time against memory", **axes)
@@ -298,12 +304,19 @@ def _search(plan: Plan, result: Result) -> str:
         ("of these fit into memory", f"{result.fitting:,}"), ("simulated", f"{result.simulated:,}"),
         ("seconds", f"{result.seconds:.2f}"), ("lower bound of the plan's step", f"{plan.estimate.bound:.4g} s"),
     ]  # fmt: skip
-    error = table((), [(name.replace("_", " "), str(value)) for name, value in fit.error.items()])
+    error = table((), [(name.replace("_", " "), _said(name, value)) for name, value in fit.error.items()])
     known = f", and how well they fit:</p>{error}" if fit.error else ": not fitted, so their error is not known.</p>"
     constants = [(name, f"{value:g}") for name, value in asdict(fit.constants).items()]
     body = f"{table((), counts, (1,))}<p>Constants <code>{escape(fit.chosen)}</code>{known}"
     body += f"<details><summary>{len(constants)} constants</summary>{table((), constants, (1,))}</details>"
     return section("Search and constants", "", body)
+
+
+def _said(name: str, value: Any) -> str:
+    """An entry of a fit's error: shares as such, and sources with their rows."""
+    if isinstance(value, dict):
+        return "; ".join(f"{source}: {rows:,}" for source, rows in value.items())
+    return f"{value:.1%}" if name.endswith("_err") else str(value)
 
 
 def _foot(plan: Plan) -> str:
