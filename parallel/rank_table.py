@@ -74,6 +74,9 @@ def read(source: Any, msrun: bool = False) -> RankTable:
     names = [_text(entry, "server_id", "server_list") for entry in entries]
     twice = next((name for name in names if names.count(name) > 1), None)
     check(twice is None, f"server {twice}", "is there twice", "give each server its own server_id")
+    if "server_count" in source:
+        rule = f"is {source['server_count']}, but server_list has {len(entries)}"
+        check(str(source["server_count"]) == str(len(entries)), "rank table: server_count", rule, "correct it")
     pods = _pods(source, names) if version == WITH_SUPERNODES else {}
     table = RankTable(source, version, _servers(entries, pods))
     _check_devices(table, pods)
@@ -129,6 +132,11 @@ def _servers(entries: list[Any], pods: Mapping[str, str]) -> tuple[Server, ...]:
 def _check_devices(table: RankTable, pods: Mapping[str, str]) -> None:
     """That the table says of a supernode all that HCCL asks for, or nothing."""
     devices = [(entry["server_id"], device) for entry in table.source["server_list"] for device in entry["device"]]
+    addresses: dict[str, str] = {}
+    for _, device in devices:
+        rank, address = device["rank_id"], device.get("device_ip")
+        other = addresses.setdefault(address, rank) if address else rank
+        check(other == rank, f"rank {rank}: device_ip", f"{address} is also that of rank {other}", "give each its own")
     if table.version != WITH_SUPERNODES:
         of_supernode = "super_pod_list" in table.source or any("super_device_id" in device for _, device in devices)
         rule = f"is {table.version}, but the table has super_pod_list or super_device_id: {MODE}"

@@ -156,9 +156,7 @@ class HcclExchange(nn.Cell):
 
     def sent(self) -> np.ndarray:
         if lost := int(self.lost.asnumpy()[0]):
-            raise RuntimeError(
-                f"dispatch: {lost} rows of experts came beyond the room for them; this cannot be: report it"
-            )
+            raise RuntimeError(f"dispatch: {lost} rows of experts found no room")
         return self.counted.asnumpy()[:, :-1]
 
     def reset(self) -> None:

@@ -224,7 +224,7 @@ OPS = SimpleNamespace(
     matmul=matmul, repeat_elements=lambda x, times, axis: concat((x,) * times, axis),
     logsumexp=lambda x, axis, keep_dims: reduce(x, axis, keep_dims),
     exp=like, log=like, sqrt=like, sigmoid=like, expm1=like, zeros_like=like, ones_like=like,
-    clip_by_value=like, clamp=like, masked_fill=like,
+    clip_by_value=like, clamp=like, relu=like, masked_fill=like,
     maximum=with_, minimum=with_, logical_and=with_, logical_or=with_,
     select=lambda condition, x, y: Shape.of(_broadcast(condition.shape, with_(x, y).shape), x.dtype),
     zeros=Shape.of, ones=Shape.of,

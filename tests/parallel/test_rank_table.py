@@ -144,6 +144,8 @@ def edited(path, value=None):
         ("version", "2.0", "version must be one of 1.0, 1.2, but is '2.0'"),
         ("status", "initializing", "status must be completed"),
         ("server_list.1.device.1.device_ip", None, "rank 3: device_ip is missing, but RoCE joins the supernodes"),
+        ("server_list.1.device.1.device_ip", "192.168.1.6", "rank 3: device_ip 192.168.1.6 is also that of rank 0"),
+        ("server_count", "3", "server_count is 3, but server_list has 2"),
         ("server_list.0.device.1.super_device_id", "0", "rank 1: super_device_id 0 is also that of rank 0"),
         ("super_pod_list.1.server_list.0.server_id", "node_0", "server node_0 is in supernodes 0 and 1"),
         ("super_pod_list.1.server_list.0.server_id", "node_2", "server node_1 is not both in server_list and"),

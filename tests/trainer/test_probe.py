@@ -18,7 +18,7 @@ from trainer.errors import MachineError
 from trainer.probe import KINDS, Fit, described, finish, fit, meetings
 
 FITS = {kind: Fit(10.0 / (i + 1), 3.0, 0.02) for i, kind in enumerate(KINDS)}
-RANK = {"dtype": "float32", "tflops": 0.05, "memory_bandwidth": 8.0, "memory_gib": 4.0}
+RANK = {"dtype": "float32", "tflops": 0.05, "memory_bandwidth": 8.0, "memory_gib": 8.0}
 
 
 def boxes(**levels):
@@ -79,7 +79,7 @@ def test_the_planner_takes_the_file(tmp_path, capsys):
     assert f"take it with topology={file}" in capsys.readouterr().out
     machine = compose_topology(str(file), [])
     assert [(level.ranks, level.bandwidth, level.latency) for level in machine.levels] == [(2, 10, 3), (4, 10, 3)]
-    assert (machine.name, machine.capacity, machine.rank.memory_gib) == ("mine", 4, 4.0)
+    assert (machine.name, machine.capacity, machine.rank.memory_gib) == ("mine", 4, 8.0)
     assert machine.rank.peak_tflops == {"float32": 0.05, "bfloat16": 0.05}
     assert cli.main(["plan", "tiny_dense", f"topology={file}", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)["plan"]
