@@ -150,22 +150,28 @@ class Mesh:
     def _blocks(self) -> tuple[int, str]:
         """Blocks of equal size, joined by another and slower plane than the ranks inside, in which each group of
         experts lies, 1 where there are none; and why that is so."""
-        counts = set()
+        found = set()
         for group in self.groups(("ep", "etp")):
             positions = [self.placement[rank] for rank in group]
             outermost = self.topology.level_of(min(positions), max(positions))
-            inner = [level for level in self.topology.levels[: outermost.index] if level.plane != outermost.plane]
-            if not inner:
-                return 1, "no slower network inside ep"
-            if outermost.bandwidth is None or inner[-1].bandwidth is None:
-                return 1, f"the bandwidth of {outermost.name} or of {inner[-1].name} is not known"
-            if 2 * outermost.bandwidth > inner[-1].bandwidth:
-                return 1, f"{outermost.name} has more than half the bandwidth of {inner[-1].name}"
-            blocks = [position // inner[-1].ranks for position in positions]
-            sizes = {blocks.count(block) for block in blocks}
-            counts.add(len(set(blocks)) if len(sizes) == 1 and blocks == sorted(blocks) else 1)
-        count = counts.pop() if len(counts) == 1 else 1
-        if count == 1 or self.layout.ep % count:
+            found.add((outermost.index, *self._blocks_of(positions, outermost)))
+        widest, count, why = max(found)
+        if len({count for _, count, _ in found}) > 1 or self.layout.ep % count:
+            return 1, f"ep lies in unequal blocks on {self.topology.levels[widest].name}, or not in its order"
+        return count, why
+
+    def _blocks_of(self, positions: Sequence[int], outermost: Level) -> tuple[int, str]:
+        """The same of one group, which reaches the level `outermost`."""
+        inner = [level for level in self.topology.levels[: outermost.index] if level.plane != outermost.plane]
+        if not inner:
+            return 1, "no slower network inside ep"
+        if outermost.bandwidth is None or inner[-1].bandwidth is None:
+            return 1, f"the bandwidth of {outermost.name} or of {inner[-1].name} is not known"
+        if 2 * outermost.bandwidth > inner[-1].bandwidth:
+            return 1, f"{outermost.name} has more than half the bandwidth of {inner[-1].name}"
+        blocks = [position // inner[-1].ranks for position in positions]
+        count = len({*blocks})
+        if len({blocks.count(block) for block in blocks}) > 1 or blocks != sorted(blocks):
             return 1, f"ep lies in unequal blocks on {outermost.name}, or not in its order"
         return count, f"{count} blocks of ep are joined by a slower network"
 
