@@ -70,8 +70,8 @@ def _free(topology: Topology, nodes: Sequence[Any]) -> list[int]:
     block = outer.ranks
     free = []
     for number, entry in enumerate(nodes):
-        own = list(range(entry)) if isinstance(entry, int) else [int(i) for i in entry]
-        legal = all(0 <= i < block // node.ranks for i in own) and own == sorted(set(own))
+        own = list(range(entry)) if type(entry) is int else list(entry) if isinstance(entry, Sequence) else [None]
+        legal = all(type(i) is int and 0 <= i < block // node.ranks for i in own) and own == sorted(set(own))
         rule = f"must name nodes below the {block // node.ranks} of a {outer.name}, ascending"
         check(legal, f"plan.nodes[{number}] {entry}", rule, "give a number of nodes, or a list of their numbers")
         for i in own:

@@ -156,7 +156,9 @@ class Mesh:
             outermost = self.topology.level_of(min(positions), max(positions))
             found.add((outermost.index, *self._blocks_of(positions, outermost)))
         widest, count, why = max(found)
-        if len({count for _, count, _ in found}) > 1 or self.layout.ep % count:
+        if self.layout.ep % count:
+            return 1, f"{count} blocks on {self.topology.levels[widest].name} do not divide ep {self.layout.ep}"
+        if len({count for _, count, _ in found}) > 1:
             return 1, f"ep lies in unequal blocks on {self.topology.levels[widest].name}, or not in its order"
         return count, why
 

@@ -134,7 +134,8 @@ def _check_devices(table: RankTable, pods: Mapping[str, str]) -> None:
     devices = [(entry["server_id"], device) for entry in table.source["server_list"] for device in entry["device"]]
     addresses: dict[str, str] = {}
     for _, device in devices:
-        rank, address = device["rank_id"], device.get("device_ip")
+        rank = device["rank_id"]
+        address = _text(device, "device_ip", f"rank {rank}") if "device_ip" in device else ""
         other = addresses.setdefault(address, rank) if address else rank
         check(other == rank, f"rank {rank}: device_ip", f"{address} is also that of rank {other}", "give each its own")
     if table.version != WITH_SUPERNODES:

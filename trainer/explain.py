@@ -31,7 +31,7 @@ def register(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser)
     parser.add_argument(
         "--against", metavar="key=value|PLAN.yaml", action="append", default=[],
-        help="compare with the same recipe under other keys (may be given several times), or with another recipe",
+        help="compare with the same recipe under other keys (may be given several times), or with a recipe's YAML file",
     )  # fmt: skip
     parser.add_argument("--timeline", action="store_true", help="draw the passes of one step on each pipeline rank")
     parser.add_argument("--alone", action="store_true", help="do not look for a better layout to compare with")
@@ -43,13 +43,14 @@ def run(args: argparse.Namespace) -> int:
     """Predict the recipe's layout, and compare it; with `--timeline` draw it."""
     name, overrides = recipe_of(args)
     console = terminal(tables=True)
-    if args.timeline:
-        _draw(compose_recipe(name, overrides).recipe, console)
-        return EXIT_DONE
     composed = compose_recipe(name, overrides, plan=True)
     held = _held(composed)
-    plan = _own(compose_recipe(name, overrides).recipe) if held is None else _filled(composed, held)
-    other = _other(name, overrides, args.against) if args.against else None if args.alone else _best(plan)
+    if args.timeline:
+        plan = _filled(composed, held) if held else None
+        _draw(plan, composed.recipe if plan else compose_recipe(name, overrides).recipe, console)
+        return EXIT_DONE
+    plan = _plan(name, overrides)
+    other = _other(name, overrides, args.against) if args.against else None if args.alone else _best(plan, held)
     if args.json:
         print(json.dumps(plan.prediction() | _compared(plan, other)))
         return EXIT_DONE
@@ -65,12 +66,20 @@ def run(args: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
+def _plan(name: str, overrides: list[str]) -> Plan:
+    """The layout that a recipe says; the best that has its keys where it leaves the number of ranks open."""
+    composed = compose_recipe(name, overrides, plan=True)
+    held = _held(composed)
+    return _own(compose_recipe(name, overrides).recipe) if held is None else _filled(composed, held)
+
+
 def _held(composed: Composed) -> list[str] | None:
     """Keys of a layout that leaves its number of ranks open, on a machine that says how many there are; None: the
-    layout is whole as it is."""
+    layout is whole as it is, as one that lists its stages or recomputed layers is."""
     recipe = composed.recipe
     ranks = recipe.plan.ranks or recipe.machine.capacity
-    if recipe.layout.dp or recipe.launcher.ranks or not ranks:
+    listed = recipe.layout.stages is not None or not isinstance(recipe.layout.recompute, str)
+    if recipe.layout.dp or recipe.launcher.ranks or listed or not ranks:
         return None
     plain, own = asdict(LayoutSettings()), asdict(recipe.layout)
     return [key for key in CHOSEN if key in composed.given or own[key] != plain[key]]
@@ -95,11 +104,13 @@ def _other(name: str, overrides: list[str], against: list[str]) -> Plan:
     keys = [word for word in against if word not in files]
     if len(files) > 1:
         raise ConfigError(f"--against names {len(files)} recipes ({', '.join(files)}); name one")
-    return _own(compose_recipe(files[0], keys).recipe if files else compose_recipe(name, [*overrides, *keys]).recipe)
+    return _plan(files[0], keys) if files else _plan(name, [*overrides, *keys])
 
 
-def _best(plan: Plan) -> Plan | None:
+def _best(plan: Plan, held: list[str] | None) -> Plan | None:
     """The best layout of the same ranks, whatever a recipe holds; None: nothing fits."""
+    if held == []:
+        return plan
     passed = {key: value for key, value in plan.problem.fixed.items() if key not in CHOSEN}
     problem = replace(plan.problem, fixed=passed)
     result = Search(problem, keep=1).run()
@@ -109,17 +120,29 @@ def _best(plan: Plan) -> Plan | None:
 def _compared(plan: Plan, other: Plan | None) -> dict[str, Any]:
     if other is None:
         return {}
-    terms = {name: [own, there] for name, own, there in difference(plan, other)}
+    predicted = other.prediction()
     return {
-        "compared_with": {key: other.prediction()[key] for key in ("layout", "topology", "ranks", "step_s", "fits")},
+        "compared_with": {key: predicted[key] for key in ("layout", "topology", "ranks", "step_s", "fits")},
         "this_is": lost_by(other, plan),
-        "difference_s": terms,
+        "difference_s": {name: [own, there] for name, own, there in difference(plan, other)},
+        "difference_wire_bytes": {name: [own, there] for name, own, there in _levels(plan, other)},
     }
+
+
+def _levels(plan: Plan, other: Plan) -> list[tuple[str, int, int]]:
+    """(level, wire bytes of each) of two plans."""
+    return [(name, *(p.levels.get(name, 0) for p in (plan, other))) for name in {**plan.levels, **other.levels}]
+
+
+def _question(plan: Plan) -> tuple[Any, ...]:
+    """What tells two plans apart, beside what was held to find them."""
+    asked = replace(plan.problem, fixed={})
+    return plan.estimate.layout, asked
 
 
 def _compare(plan: Plan, other: Plan, called: str, console: Console) -> None:
     """Another layout, and what it does better, term by term and level by level."""
-    if plan.estimate.layout == other.estimate.layout and plan.problem.topology == other.problem.topology:
+    if _question(plan) == _question(other):
         console.print(f"this is {called}")
         return
     this = "this one is" if plan.estimate.fits else "if it fitted, this one would be"
@@ -128,8 +151,8 @@ def _compare(plan: Plan, other: Plan, called: str, console: Console) -> None:
     for name, own, there in difference(plan, other):
         if abs(own - there) > 1e-3 * other.estimate.step:
             table.add_row(f"{NAMES[name]}, s", f"{own:.3g}", f"{there:.3g}", f"{own - there:+.3g}")
-    for level in {**plan.levels, **other.levels}:
-        own, there = (p.levels.get(level, 0) / 1e9 for p in (plan, other))
+    for level, *sizes in _levels(plan, other):
+        own, there = (size / 1e9 for size in sizes)
         if own != there:
             table.add_row(f"wire over {level}, GB a rank", f"{own:,.4g}", f"{there:,.4g}", f"{own - there:+,.4g}")
     own, there = (p.estimate.peak / 2**30 for p in (plan, other))
@@ -137,15 +160,16 @@ def _compare(plan: Plan, other: Plan, called: str, console: Console) -> None:
     console.print(table)
 
 
-def _draw(recipe: Recipe, console: Console) -> None:
-    """The timeline, with the stages' own times where the machine's speed is known, else a forward of one unit, a
-    backward of two and halves of one."""
-    if recipe.layout.auto or recipe.parallel_layout.pp == 1:
+def _draw(plan: Plan | None, recipe: Recipe, console: Console) -> None:
+    """The timeline of a plan or of the recipe's own layout, with the stages' own times where the machine's speed is
+    known, else a forward of one unit, a backward of two and halves of one."""
+    layout = plan.estimate.layout if plan else None if recipe.layout.auto else recipe.parallel_layout
+    if layout is None or layout.pp == 1:
         raise ConfigError("layout.pp is 1, so there is no pipeline to draw; set layout.pp=2 or more")
-    if recipe.machine.rank.device and all(level.bandwidth for level in recipe.machine.levels):
-        timeline = _own(recipe).timeline
+    if plan or (recipe.machine.rank.device and all(level.bandwidth for level in recipe.machine.levels)):
+        timeline = (plan or _own(recipe)).timeline
     else:
-        timeline = simulate(recipe.parallel_layout.pipeline(recipe.train.global_batch), Times())
+        timeline = simulate(layout.pipeline(recipe.train.global_batch), Times())
     width = shutil.get_terminal_size((120, 24)).columns
     coloured = console.is_terminal
     console.print(draw(timeline, width, colour=coloured), markup=coloured)

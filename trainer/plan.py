@@ -12,20 +12,20 @@ from rich.console import Console
 from rich.table import Table
 
 from models.checks import ConfigError, check_at_least
-from parallel.planner import Plan, Result
+from parallel.planner import Plan, Result, Search
 from parallel.planner.explain import NAMES, Sensitivity, break_even, lost_by, nested, nestings, sensitivity
 from trainer.callbacks.console import plain_table, short, terminal
 from trainer.compose import Composed, compose_recipe
 from trainer.errors import EXIT_DONE
 from trainer.files import write_text
 from trainer.machine import writing_to
-from trainer.planning import Say, plan_of, problem_of, search, with_layout
+from trainer.planning import plan_of, problem_of, search, with_layout
 from trainer.recipe import resolved
 from trainer.train import add_recipe, recipe_of
 
 SET_OUT = "set plan.out to"
-WHAT_IF = ("plan.ranks", "plan.without", "plan.nodes", "topology.")
-"""How words begin that ask what if the machine were another."""
+WHAT_IF = ("plan.ranks=", "plan.without=", "plan.nodes=", "topology.")
+"""How words begin that ask what if the machine were another. `topology.rank` alone, of which all is made, does not."""
 
 
 class Answer(NamedTuple):
@@ -39,7 +39,7 @@ class Answer(NamedTuple):
     idle: int
     """Ranks that are left unused."""
     whole: Plan | None
-    """What the machine would do as it is, where words ask what if."""
+    """What the machine would do without the words that ask what if, where there are any."""
 
 
 def register(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         plans = [plan_of(composed.recipe, problem, found) for found in result.best]
         answer = Answer(
             composed, plans, result, sensitivity(problem, plans[0]) if args.sensitivity else [],
-            question.ranks - problem.ranks, _whole(name, overrides, status.update),
+            question.ranks - problem.ranks, _whole(name, overrides),
         )  # fmt: skip
     out = Path(composed.recipe.plan.out).expanduser() / composed.name
     if args.json:
@@ -76,18 +76,18 @@ def run(args: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-def _whole(name: str, overrides: list[str], say: Say) -> Plan | None:
-    """The plan without the words that ask what if: what a machine that is whole would do. None where none asks, or
-    nothing can be said."""
-    rest = [word for word in overrides if not word.lstrip("+~").startswith(WHAT_IF)]
-    if len(rest) == len(overrides):
+def _whole(name: str, overrides: list[str]) -> Plan | None:
+    """The plan without the words that ask what if. None where none asks, or nothing can be said."""
+    asks = [word for word in overrides if word.lstrip("+~").startswith(WHAT_IF)]
+    if not any(not word.lstrip("+~").startswith("topology.rank.") for word in asks):
         return None
     try:
-        composed = compose_recipe(name, rest, plan=True)
-        problem, result = search(problem_of(composed.recipe, composed.given), 1, composed.recipe.plan.allow_idle, say)
-    except ConfigError:  # a machine of any size, which says no number of ranks, or one on which nothing fits
+        composed = compose_recipe(name, [word for word in overrides if word not in asks], plan=True)
+        problem = problem_of(composed.recipe, composed.given)
+    except ConfigError:  # a machine of any size, which says no number of ranks
         return None
-    return plan_of(composed.recipe, problem, result.best[0])
+    best = Search(problem, keep=1).run().best
+    return plan_of(composed.recipe, problem, best[0]) if best else None
 
 
 def _write(out: Path, answer: Answer) -> None:
@@ -255,9 +255,13 @@ def overtaking(plans: list[Plan]) -> dict[str, float]:
 
 
 def cost(plan: Plan, whole: Plan) -> str:
-    """What a machine that is not whole costs."""
-    less, fewer = 1 - plan.tokens_per_s / whole.tokens_per_s, 1 - plan.problem.ranks / whole.problem.ranks
+    """What the words that ask what if cost, or bring."""
+    rates, ranks = plan.tokens_per_s / whole.tokens_per_s - 1, plan.problem.ranks / whole.problem.ranks - 1
+    changes = [
+        f"{abs(share):.1%} {'more' if share > 0 else 'fewer'} {what}"
+        for share, what in ((rates, "tokens/s"), (ranks, "ranks"))
+    ]
     return (
-        f"as it is the machine has {whole.problem.ranks:,} ranks, {short(whole.estimate.step)} s a step with "
-        f"{whole.estimate.layout.product()}: this is {less:.1%} fewer tokens/s on {fewer:.1%} fewer ranks"
+        f"without what is asked there are {whole.problem.ranks:,} ranks, {short(whole.estimate.step)} s a step with "
+        f"{whole.estimate.layout.product()}: this is {' on '.join(changes)}"
     )

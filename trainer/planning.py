@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
-from models.checks import ConfigError, check
+from models.checks import ConfigError, check, check_at_least
 from parallel.allocation import positions
+from parallel.layout import Layout
 from parallel.planner import Estimate, Plan, Problem, Result, Search
 from parallel.planner.explain import contradiction, smallest, too_large
 from parallel.planner.problem import CHOSEN, check_known
@@ -34,6 +35,8 @@ def problem_of(recipe: Recipe, given: frozenset[str] = frozenset(), places: tupl
     )
     check_known(recipe.machine)
     keys = layout_keys(recipe.layout)
+    if places is None:
+        _check_held({key: keys[key] for key in given if keys.get(key) is not None})
     passed = {key: keys[key] for key in keys if key not in (*CHOSEN, "stages")}
     held = {key: keys[key] for key in CHOSEN if key in given and keys[key] is not None}
     if "order" in held:
@@ -47,6 +50,16 @@ def problem_of(recipe: Recipe, given: frozenset[str] = frozenset(), places: tupl
         recipe.model, recipe.data.seq_len, recipe.train.global_batch, recipe.machine, places,
         passed | held, hide=hide, imbalance=settings.imbalance,
     )  # fmt: skip
+
+
+def _check_held(held: dict[str, Any]) -> None:
+    """Raise `ConfigError` unless each key that is held is one that a layout may have."""
+    listed, remedy = not isinstance(held.get("recompute", ""), str), "look at one layout with `busway explain`"
+    check(not listed, "layout.recompute", "is a list, which the planner does not search over", remedy)
+    sizes = ("dp", "cp", "tp", "ep", "etp", "zero_group", "outer_groups")  # which hold for each other
+    Layout(**{key: value for key, value in held.items() if key not in sizes} | {"dp": 1})
+    for key in sizes:
+        check_at_least(f"layout.{key}", held.get(key, 1), 1)
 
 
 def problem_of_layout(recipe: Recipe) -> Problem:
@@ -91,7 +104,7 @@ def _nothing(problem: Problem, result: Result) -> str:
         remedy = "hold fewer keys, or change train.global_batch or plan.ranks (plan.allow_idle=true leaves some unused)"
         return f"no layout of {where} is legal {reason}: {contradiction(problem) or remedy}"
     enough = smallest(problem)
-    size = f"{enough:,} ranks of it are the fewest that could (plan.ranks={enough})" if enough else "nor into all of it"
+    size = f"{enough:,} ranks of such a machine are the fewest that could" if enough else "nor into all of it"
     return (
         f"no layout fits into {where}, {size}: the nearest, {result.nearest.layout.product()}, "
         f"{too_large(problem, result.nearest)}"

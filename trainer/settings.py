@@ -225,7 +225,8 @@ class PlanSettings:
         if self.imbalance is not None:
             check_at_least("plan.imbalance", self.imbalance, 1)
         self.without, self.nodes = (
-            value if isinstance(value, list) else [value] for value in (self.without, self.nodes)
+            value if isinstance(value, list) else [] if value is None else [value]
+            for value in (self.without, self.nodes)
         )
 
 

@@ -115,7 +115,7 @@ def _export(args: argparse.Namespace) -> int:
     written, hosts = rank_table.export(table, _placement(args.plan, table) if args.plan else range(table.ranks))
     lines = [f"{host} {node_rank}" for host, node_rank in hosts]
     ids = [[device["device_id"] for device in server["device"]] for server in written["server_list"]]
-    if any(devices != sorted(devices, key=int) for devices in ids):  # a process counts devices in this order
+    if any([*map(int, devices)] != [*range(len(devices))] for devices in ids):  # the n-th process takes device n
         lines = [f"{line} ASCEND_RT_VISIBLE_DEVICES={','.join(of)}" for line, of in zip(lines, ids, strict=True)]
     text = "".join(f"{line}\n" for line in lines)
     write_text(out, json.dumps(written, indent=2) + "\n", SET_OUT)
@@ -132,6 +132,12 @@ def _placement(file: str, table: rank_table.RankTable) -> list[int]:
             {"layout", "topology"} <= {*plan}, f"plan {file}", "has no placement, and is no recipe", "name a plan.yaml"
         )
         recipe = compose_recipe(file, []).recipe
+        check(
+            not recipe.layout.auto,
+            f"plan {file}",
+            "leaves its layout to the planner",
+            "export what `busway plan` wrote",
+        )
         known, holds = recipe.machine.capacity, f"is for the {recipe.machine.capacity} ranks of {recipe.machine.name}"
         rule = f"{holds}, but the table has {table.ranks}"
         check(known in (None, table.ranks), f"plan {file}", rule, "plan on a topology imported from this table")

@@ -87,8 +87,8 @@ def _check_copies(
         own, other = found.get(names[ours]), found.get(copy)
         if own and other and not (own.dtype == other.dtype and np.array_equal(own.data, other.data)):
             raise InputError(
-                f"{directory}: tensor {copy} must be a copy of {names[ours]}, but has other values, which would be "
-                "lost; leave that layer out of the weights to convert the others"
+                f"{directory}: tensor {copy} must be a copy of {names[ours]}, but has another dtype or other values, "
+                "which would be lost; leave that layer out of the weights to convert the others"
             )
 
 

@@ -131,7 +131,7 @@ def _sizes(size: int, parts: tuple) -> tuple:
 class HcclExchange(nn.Cell):
     """`AlltoAllV` of rows in numbers that tensors hold, filled up to as many rows as there is room for. What comes has
     a shape that the device alone knows. It counts on the device too, and so rows that found no room: the host ends the
-    run when it looks at the counts, which it does at every step.
+    run when it looks at the counts, for a row of metrics or an evaluation.
     """
 
     def __init__(self, operator: Any, ranks: int, room: Room, name: str) -> None:

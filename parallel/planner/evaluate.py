@@ -59,8 +59,8 @@ def evaluate(problem: Problem, layouts: Sequence[Layout]) -> list[Estimate]:
     holding = Holding(problem.shape, problem.seq_len, base, problem.constants)
     groups: dict[tuple, list[int]] = {}
     for index, layout in enumerate(layouts):
-        named = layout.recompute if isinstance(layout.recompute, str) else index
-        key = layout.schedule, layout.pp, layout.vpp, layout.stages, named if named == index else 0
+        listed = None if isinstance(layout.recompute, str) else layout.recompute
+        key = layout.schedule, layout.pp, layout.vpp, layout.stages, listed
         groups.setdefault(key, []).append(index)
     found: dict[int, Estimate] = {}
     for members in groups.values():

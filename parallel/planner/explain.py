@@ -97,7 +97,7 @@ def too_large(problem: Problem, estimate: Estimate) -> str:
     over = (estimate.peak - problem.machine.memory) / 2**30
     line = (
         f"does not fit: {estimate.peak / 2**30:.1f} GiB on pipeline rank {place}, {over:.1f} over the limit of "
-        f"{problem.machine.memory / 2**30:.1f}; most of it goes to {HELD[most]}: {parts[most] / 2**30:.1f}"
+        f"{problem.machine.memory / 2**30:.1f}; the largest part is {HELD[most]}: {parts[most] / 2**30:.1f}"
     )
     remedies = [text for text, changed in _smaller(problem, estimate.layout) if evaluate(problem, [changed])[0].fits]
     return f"{line}; it fits with {' or '.join(remedies[:3])}" if remedies else f"{line}; no one key makes it fit"
@@ -107,7 +107,7 @@ def _smaller(problem: Problem, layout: Layout) -> Iterator[tuple[str, Layout]]:
     """Legal layouts that differ in one key and hold less."""
     changes: list[dict[str, Any]] = [{"zero": zero} for zero in range(layout.zero + 1, 4) if layout.dp * layout.cp > 1]
     changes += [{"recompute": name} for name in ("selective", "full") if layout.recompute == "none"]
-    changes += [{"recompute": "full"}] if layout.recompute == "selective" else []
+    changes += [{"recompute": "full"}] if layout.recompute not in ("none", "full") else []
     changes += [{"micro_batch": size} for size in range(layout.micro_batch - 1, 0, -1)]
     changes += [{"sequence_parallel": True}] if layout.tp > 1 and not layout.sequence_parallel else []
     changes += [
@@ -126,7 +126,7 @@ def _smaller(problem: Problem, layout: Layout) -> Iterator[tuple[str, Layout]]:
 
 def contradiction(problem: Problem) -> str | None:
     """Which rule the keys that are held break, whatever the rest of a layout; None: no one rule."""
-    held, stage = dict(problem.fixed), ("ep", "etp", "zero_group")
+    held, stage = dict(problem.fixed), ("ep", "etp", "zero_group", "outer_groups")
     sizes = {axis: held[axis] for axis in ORDER if axis in held}
     product, named = math.prod(sizes.values()), " x ".join(f"layout.{axis}={size}" for axis, size in sizes.items())
     try:
@@ -138,8 +138,9 @@ def contradiction(problem: Problem) -> str | None:
         whole = product == problem.ranks if len(sizes) == len(ORDER) else problem.ranks % product == 0
         rule = f"must {'be' if len(sizes) == len(ORDER) else 'divide'} the {problem.ranks} ranks, but is {product}"
         check(whole, named, rule, "change one of them, or plan.ranks")
-        rest = {} if "dp" in held else {"dp": problem.ranks // product}
-        Layout(**{"micro_batch": 1} | rest | held).check_model(problem.model, problem.seq_len)
+        if "dp" not in held or len(sizes) == len(ORDER):
+            rest = {"dp": problem.ranks // product, "micro_batch": 1}
+            Layout(**rest | held).check_model(problem.model, problem.seq_len)
     except ConfigError as error:
         return str(error)
     return None

@@ -124,8 +124,12 @@ def machine(topology: Topology, constants: Constants, peak: str = "bfloat16") ->
     }
     for name, value in known.items():
         check(value is not None, f"topology {topology.name}: {name}", "is not known, and a plan needs it", remedy)
-    fastest = max(level.bandwidth for level in levels)
-    shares = [constants.outer if 2 * level.bandwidth <= fastest else constants.inner for level in levels]
+    # A level is an outer one where those inside it are twice as fast: more bandwidth around it does not make it one.
+    fastest = np.maximum.accumulate([level.bandwidth for level in levels])
+    shares = [
+        constants.outer if 2 * level.bandwidth <= inside else constants.inner
+        for level, inside in zip(levels, fastest.tolist(), strict=True)
+    ]
     return Machine(
         topology,
         levels,

@@ -136,7 +136,7 @@ class Search:
             else:
                 self._refine(space, coarse, slice(position, position + chunk))
                 position, chunk = position + chunk, min(4 * chunk, CHUNKS[1])
-        if not self.result.best and self.result.nearest is None:
+        if not self.result.best:
             self.least()
         self.result.best.sort(key=lambda found: (found.step, found.peak))
         if self.keep > 1:
@@ -238,7 +238,8 @@ class Search:
     def _note_least(self, space: Space, pp: int, rows: dict[str, np.ndarray]) -> None:
         """What holds least of some coarse rows, if it is less than what is known."""
         wanted = np.zeros((len(space.zeros), len(space.codes), len(rows["tp"])), bool)
-        wanted[-1, -1], wanted[0, -1] = True, rows["dp"] * rows["cp"] == 1
+        wanted[0, -1] = rows["dp"] * rows["cp"] == 1
+        wanted[-1, -1] = True  # where a stage is held it is both the first and the last
         base, _ = space.fine(pp, rows, wanted)
         holding = Holding(self.problem.shape, self.problem.seq_len, base, self.problem.constants)
         for group, taken in space.scheduled(base):

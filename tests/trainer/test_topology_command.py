@@ -118,6 +118,13 @@ def test_export_writes_the_table_and_the_hosts_in_the_order_of_a_plan(busway, ta
     assert json.loads(out.read_text()) == json.loads(table.read_text())
 
 
+def test_export_says_which_devices_a_plan_uses_of_a_server(busway, table, tmp_path):
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("placement: [1, 3]\n")
+    printed = busway(0, "topology", "export", table, plan, "--out", tmp_path / "new.json")
+    assert printed.splitlines() == [f"{host} {rank} ASCEND_RT_VISIBLE_DEVICES=1" for rank, host in enumerate(HOSTS[:2])]
+
+
 def test_export_leaves_out_what_a_plan_does_not_use(busway, table, tmp_path):
     site, out = tmp_path / "site.yaml", tmp_path / "new.json"
     busway(0, "topology", "import", table, "--out", site)

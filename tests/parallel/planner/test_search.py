@@ -120,6 +120,29 @@ def test_the_smallest_machine_is_the_first_on_which_a_layout_fits(memory, ranks)
     assert smallest(question) == min(fit)
 
 
+def test_what_holds_least_is_found_where_its_zero_stage_is_held():
+    question = problem(dense(layers=4), ranks=2, topology=machine(2, memory_gib=4.0), zero=3, dp=2)
+    found = Search(question).run()
+    assert not found.best and found.nearest.layout.zero == 3 and found.nearest.layout.dp == 2
+
+
+def test_more_bandwidth_outside_never_makes_a_step_longer():
+    layout = Layout(dp=4, tp=2, sequence_parallel=True)
+    steps = [
+        evaluate(problem(dense(layers=4), ranks=8, topology=machine(4, outer=outer)), [layout])[0].step
+        for outer in (25.0, 100.0, 400.0, 1600.0)
+    ]
+    assert steps == sorted(steps, reverse=True)
+
+
+def test_lists_of_recomputed_layers_are_priced_apart_from_names():
+    question = problem(dense(layers=4), ranks=2, topology=machine(2))
+    layouts = [Layout(dp=2, recompute=recompute) for recompute in ((0,), "full", "none")]
+    together, alone = evaluate(question, layouts), [evaluate(question, [layout])[0] for layout in layouts]
+    assert [e.step for e in together] == [e.step for e in alone]
+    assert len({e.step for e in together}) == 3
+
+
 def test_a_machine_that_is_too_small_as_a_whole_has_no_smallest():
     topology = replace(machine(2, memory_gib=0.1), limit=4)
     assert smallest(problem(dense(layers=4), ranks=2, topology=topology)) is None
