@@ -43,13 +43,12 @@ def run(args: argparse.Namespace) -> int:
     """Predict the recipe's layout, and compare it; with `--timeline` draw it."""
     name, overrides = recipe_of(args)
     console = terminal(tables=True)
-    composed = compose_recipe(name, overrides, plan=True)
-    held = _held(composed)
     if args.timeline:
-        plan = _filled(composed, held) if held else None
+        composed = compose_recipe(name, overrides, plan=True)
+        plan = _filled(composed, held) if (held := _held(composed)) else None
         _draw(plan, composed.recipe if plan else compose_recipe(name, overrides).recipe, console)
         return EXIT_DONE
-    plan = _plan(name, overrides)
+    plan, held = _plan(name, overrides)
     other = _other(name, overrides, args.against) if args.against else None if args.alone else _best(plan, held)
     if args.json:
         print(json.dumps(plan.prediction() | _compared(plan, other)))
@@ -66,11 +65,11 @@ def run(args: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-def _plan(name: str, overrides: list[str]) -> Plan:
-    """The layout that a recipe says; the best that has its keys where it leaves the number of ranks open."""
+def _plan(name: str, overrides: list[str]) -> tuple[Plan, list[str] | None]:
+    """The layout that a recipe says; the best that has its keys where it leaves the number of ranks open, and these."""
     composed = compose_recipe(name, overrides, plan=True)
     held = _held(composed)
-    return _own(compose_recipe(name, overrides).recipe) if held is None else _filled(composed, held)
+    return (_own(compose_recipe(name, overrides).recipe) if held is None else _filled(composed, held)), held
 
 
 def _held(composed: Composed) -> list[str] | None:
@@ -104,7 +103,7 @@ def _other(name: str, overrides: list[str], against: list[str]) -> Plan:
     keys = [word for word in against if word not in files]
     if len(files) > 1:
         raise ConfigError(f"--against names {len(files)} recipes ({', '.join(files)}); name one")
-    return _plan(files[0], keys) if files else _plan(name, [*overrides, *keys])
+    return _plan(*(files[0], keys) if files else (name, [*overrides, *keys]))[0]
 
 
 def _best(plan: Plan, held: list[str] | None) -> Plan | None:

@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
 def _whole(name: str, overrides: list[str]) -> Plan | None:
     """The plan without the words that ask what if. None where none asks, or nothing can be said."""
     asks = [word for word in overrides if word.lstrip("+~").startswith(WHAT_IF)]
-    if not any(not word.lstrip("+~").startswith("topology.rank.") for word in asks):
+    if all(word.lstrip("+~").startswith("topology.rank.") for word in asks):
         return None
     try:
         composed = compose_recipe(name, [word for word in overrides if word not in asks], plan=True)

@@ -12,7 +12,7 @@ from rich.filesize import decimal
 from models.config import FLOPS_CONVENTION
 from parallel.layout import Layout
 from parallel.planner import Plan, Result
-from parallel.planner.explain import NAMES, Sensitivity, lost_by
+from parallel.planner.explain import HELD, NAMES, Sensitivity, lost_by
 from parallel.schedules import BACKWARD, FORWARD, INPUT, WEIGHT, Action
 from trainer.page import bars, chart, legend, page, paler, section, table, tiles, words
 from trainer.plan import placement, ranking
@@ -30,13 +30,6 @@ COLOURS = {
     "fixed": "#a3a9b1", FORWARD: "#3a7cc2", BACKWARD: "#2f7d6b", INPUT: "#2f7d6b", WEIGHT: "#e3b23c",
 }  # fmt: skip
 """Of terms of time (blue: computation, warm: traffic, green: over dp, grey: waiting), axes, memory, and passes."""
-
-HELD = {
-    "weights": "weights", "gradients": "gradients", "optimizer": "optimizer state", "activations": "activations",
-    "passing": "passing: gathered weights, a micro-batch's gradients, logits, recomputed activations",
-    "fixed": "framework, communicators, fragments",
-}  # fmt: skip
-"""A field of `parallel.planner.memory.Memory` in words."""
 
 Pass = tuple[float, float, int, Action]
 """Start, end, pipeline rank and what it does."""

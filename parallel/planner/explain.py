@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import permutations
 from typing import Any
 
 from models.checks import ConfigError, check
 from parallel.layout import ORDER, Layout
+from parallel.planner import shape
 from parallel.planner.evaluate import Estimate, evaluate
 from parallel.planner.plan import Plan
 from parallel.planner.problem import Problem
@@ -27,8 +27,9 @@ NAMES = {
 """A term of `Plan.terms` in words."""
 
 HELD = {
-    "weights": "weights", "gradients": "gradients", "optimizer": "the optimizer's state", "activations": "activations",
-    "passing": "what comes and goes in a pass", "fixed": "what every rank takes",
+    "weights": "weights", "gradients": "gradients", "optimizer": "optimizer state", "activations": "activations",
+    "passing": "what comes and goes (gathered weights, a micro-batch's gradients, logits, recomputed activations)",
+    "fixed": "framework, communicators, fragments",
 }  # fmt: skip
 """A part of `memory.Memory` in words."""
 
@@ -72,8 +73,7 @@ def nested(layout: Layout) -> list[str]:
 def nestings(plan: Plan) -> list[Estimate]:
     """The plan's layout under every nesting of its axes, which differ in nothing but where groups lie."""
     layout = plan.estimate.layout
-    rest = [axis for axis in layout.order if axis not in nested(layout)]
-    orders = [(*order, *rest) for order in permutations(nested(layout))]
+    orders = shape.nestings({axis: getattr(layout, axis) for axis in ORDER}, layout.order)
     return evaluate(plan.problem, [replace(layout, order=order) for order in orders])
 
 

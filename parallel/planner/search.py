@@ -12,7 +12,6 @@ import heapq
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from itertools import permutations
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +23,7 @@ from parallel.planner.evaluate import Estimate, evaluate
 from parallel.planner.memory import Holding, heaviest, shares_ends
 from parallel.planner.price import Pricing
 from parallel.planner.problem import CHOSEN, Problem
-from parallel.planner.shape import ORDERS, Candidates, joined
+from parallel.planner.shape import ORDERS, Candidates, joined, nestings
 from parallel.planner.space import Space, runs
 
 SEEDS = 32
@@ -260,9 +259,7 @@ class Search:
         if "order" in self.problem.fixed:
             return [tuple(self.problem.fixed["order"])]
         sizes = {axis: group.pp if axis == "pp" else int(getattr(group, axis)[row]) for axis in ORDER}
-        used = [axis for axis in ORDER if sizes[axis] > 1]
-        rest = [axis for axis in ORDER if sizes[axis] == 1]
-        return [(*order, *rest) for order in permutations(used)]
+        return nestings(sizes)
 
     def _heads(self, queue: list[Any], most: int) -> list[Any]:
         """Up to so many from the head of a queue that are below the limit; what is not goes."""

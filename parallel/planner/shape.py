@@ -81,6 +81,12 @@ class Shape:
         return self.heads * np.where(self.kv_rank, self.value, self.head_dim)
 
 
+def nestings(sizes: Mapping[str, int], order: Sequence[str] = ORDER) -> list[tuple[str, ...]]:
+    """Orders that differ in how the axes of several ranks nest, `order` first; `sizes` are those of the dense axes."""
+    used, rest = ([axis for axis in order if (sizes[axis] > 1) == several] for several in (True, False))
+    return [(*nested, *rest) for nested in permutations(used)]
+
+
 @dataclass(frozen=True)
 class Candidates:
     """Layouts as columns, all of one schedule, pp and vpp."""
