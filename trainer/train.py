@@ -214,11 +214,11 @@ def _function_of(model: ModelConfig) -> dict[str, object]:
 
 
 def _check_counted(init_from: str, theirs: ModelConfig, ours: ModelConfig) -> None:
-    """Biases of choices and further layers, which some models of one function have and others have not."""
+    """What would be lost or be missing: a bias of the choice, which can begin at zero but not be left out, and layers
+    of multi-token prediction."""
     start = f"checkpoint.init_from={init_from}:"
-    if theirs.moe.biased != ours.moe.biased:
-        has, value = ("a", "above 0") if theirs.moe.biased else ("no", "to 0")
-        raise InputError(f"{start} its routers have {has} bias of the choice; set model.moe.bias_rate {value}")
+    if theirs.moe.biased and not ours.moe.biased:
+        raise InputError(f"{start} its routers have a bias of the choice; set model.moe.bias_rate above 0")
     if theirs.mtp.depth < ours.mtp.depth:
         raise InputError(
             f"{start} its model predicts {theirs.mtp.depth} further tokens, but model.mtp.depth is {ours.mtp.depth}; "
