@@ -145,10 +145,14 @@ def _start(recipe: Recipe, resumed: Checkpoint | None) -> Iterator[Reader]:
     if resumed:
         with resumed.reader("weights") as read:
             yield read
-    elif recipe.checkpoint.init_from:
-        yield read_weights(recipe.checkpoint.init_from).read
+        return
+    new = initial_reader(recipe.train.seed, recipe.model.init_std)
+    if recipe.checkpoint.init_from:
+        weights = read_weights(recipe.checkpoint.init_from)
+        # routers without a bias of the choice, all that may be missing, begin with the zeros of a new model
+        yield lambda part: (weights.read if part.spec.name in weights.tensors else new)(part)
     else:
-        yield initial_reader(recipe.train.seed, recipe.model.init_std)
+        yield new
 
 
 def _batches(recipe: Recipe, corpus: Corpus, mesh: Mesh, rank: int, start: int) -> tuple[Loader, list[Batch]]:

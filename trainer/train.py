@@ -58,33 +58,33 @@ def run(args: argparse.Namespace) -> int:
         return EXIT_DONE
     name, overrides = recipe_of(args)
     if not args.multirun:
-        return _one(planned(compose_recipe(name, overrides), _say), args.cfg)
+        return _one(compose_recipe(name, overrides), args.cfg)
     jobs = sweep(overrides)
     _check_names(jobs)
     for job in jobs:
         _say(f"multirun: {name} {' '.join(job)}")
-        code = _one(planned(compose_recipe(name, job), _say), args.cfg)
+        code = _one(compose_recipe(name, job), args.cfg)
         if code != EXIT_DONE:
             return code
     return EXIT_DONE
 
 
 def _one(composed: Composed, cfg: str | None) -> int:
-    recipe = composed.recipe
+    if composed.recipe.layout.auto and not cfg:
+        _check_inputs(composed.recipe)  # before the planner takes its seconds
+    composed = planned(composed, _say)
     if cfg:
         print(OmegaConf.to_yaml(composed.config), end="")
         return EXIT_DONE
-    return train(recipe, composed.name)
+    return train(composed.recipe, composed.name)
 
 
 def train(recipe: Recipe, name: str) -> int:
     """Check everything that can be checked, errors of the recipe first, then become a rank or start the ranks."""
     recipe = _with_world(recipe)
     ranks, device = recipe.parallel_layout.world_size, machine.device()
-    precision.choose(recipe.train.precision, device)
     kind = launch.choose(recipe.launcher, ranks, device)
-    prepare.check(recipe.data, recipe.model.vocab)
-    _check_start(recipe)
+    _check_inputs(recipe)
     if kind == "none":
         return _be_a_rank(recipe, name)
     cluster = launch.resolve(recipe.launcher, os.environ) if kind == "msrun" else None
@@ -166,6 +166,13 @@ def _be_a_rank(recipe: Recipe, name: str) -> int:
     return join(recipe, begin)
 
 
+def _check_inputs(recipe: Recipe) -> None:
+    """What a run needs whatever its layout: a precision of the device, data, and a start that is there and fits."""
+    precision.choose(recipe.train.precision, machine.device())
+    prepare.check(recipe.data, recipe.model.vocab)
+    _check_start(recipe)
+
+
 def _check_start(recipe: Recipe) -> None:
     """Folders that the run starts from must be there and fit, and the device must be able to record routing."""
     if recipe.metrics.routing and not recipe.model.moe.experts:
@@ -207,11 +214,11 @@ def _function_of(model: ModelConfig) -> dict[str, object]:
 
 
 def _check_counted(init_from: str, theirs: ModelConfig, ours: ModelConfig) -> None:
-    """Biases of choices and further layers, which some models of one function have and others have not."""
+    """What would be lost or be missing: a bias of the choice, which can begin at zero but not be left out, and layers
+    of multi-token prediction."""
     start = f"checkpoint.init_from={init_from}:"
-    if theirs.moe.biased != ours.moe.biased:
-        has, value = ("a", "above 0") if theirs.moe.biased else ("no", "to 0")
-        raise InputError(f"{start} its routers have {has} bias of the choice; set model.moe.bias_rate {value}")
+    if theirs.moe.biased and not ours.moe.biased:
+        raise InputError(f"{start} its routers have a bias of the choice; set model.moe.bias_rate above 0")
     if theirs.mtp.depth < ours.mtp.depth:
         raise InputError(
             f"{start} its model predicts {theirs.mtp.depth} further tokens, but model.mtp.depth is {ours.mtp.depth}; "

@@ -121,6 +121,7 @@ def test_a_lost_block_leaves_a_plan_for_the_rest():
         (("plan", *MODEL, RANKS, "--top", "0"), "--top must be at least 1"),
         (("explain", *MODEL, "--against", "a.yaml", "--against", "b.yaml"), "--against names 2 recipes"),
         (("train", "layout=auto"), "topology laptop: rank.device is not known"),
+        (("train", "llama3_8b", "topology=cloudmatrix384", "layout=auto"), "data.sources is empty; this recipe trains"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_planned_gets_one_line(words, line, capsys):

@@ -261,6 +261,22 @@ def test_a_run_starts_from_converted_weights_and_from_hugging_faces_own(busway, 
     assert at_random != pytest.approx(loss, rel=1e-2)
 
 
+def test_a_bias_that_the_weights_have_none_of_begins_at_zero(busway, tmp_path):
+    theirs = FIXTURES / "qwen3_moe"
+    busway("convert", "from-hf", theirs, busway.folder / "moe")
+    with IndexedWriter(tmp_path / "data", np.int32) as writer:
+        writer.add(load_file(FIXTURES / "qwen3_moe.reference.safetensors")["input_ids"][0])
+    data = [f"data.sources=[{{path: {tmp_path / 'data'}}}]", "data.tokenizer=null", "data.seq_len=32", "data.holdout=0"]
+    words = [word for word in model_keys(busway.folder / "moe") if not word.startswith("model.moe.bias_rate")]
+    runs = busway.sweep(
+        "biased", *words, *data, "launcher.kind=none", "train.steps=1", "train.global_batch=1", "layout.micro_batch=1",
+        "optimizer.lr=1e-30", f"checkpoint.init_from={theirs}", "model.moe.bias_rate=0,0.125",
+    )  # fmt: skip
+    assert runs[0].losses == runs[1].losses
+    biases = {name: value for name, value in runs[1].weights().items() if name.endswith("router.bias")}
+    assert biases and all(np.isin(np.abs(value), (0, 0.125)).all() and value.any() for value in biases.values())
+
+
 @pytest.mark.parametrize("learnt", [0, pytest.param(2_700, marks=pytest.mark.slow)])
 def test_data_without_labels_ends_the_run_with_the_remedy(busway, tmp_path, learnt):
     """One document of 3,000 tokens, of which the last tenth is held out and the first `learnt` have labels."""
