@@ -18,7 +18,7 @@ from models import kernels
 from models.attention import rotary_tables
 from models.config import FLOPS_CONVENTION
 from models.decoder import decoder_segments
-from models.weights import Reader, initial_reader
+from models.weights import Part, Reader, initial_reader
 from parallel import collectives as coll
 from parallel.apply import Parallelized, parallelize
 from parallel.collectives import Collectives, World
@@ -149,8 +149,12 @@ def _start(recipe: Recipe, resumed: Checkpoint | None) -> Iterator[Reader]:
     new = initial_reader(recipe.train.seed, recipe.model.init_std)
     if recipe.checkpoint.init_from:
         weights = read_weights(recipe.checkpoint.init_from)
-        # routers without a bias of the choice, all that may be missing, begin with the zeros of a new model
-        yield lambda part: (weights.read if part.spec.name in weights.tensors else new)(part)
+
+        def read(part: Part) -> np.ndarray:
+            fresh = part.spec.update == "balance" and part.spec.name not in weights.tensors
+            return (new if fresh else weights.read)(part)  # a bias of the choice that they lack begins at zero
+
+        yield read
     else:
         yield new
 
