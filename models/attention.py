@@ -83,11 +83,12 @@ def attention_block(config: ModelConfig, layer: int, kernels: Kernels, rounding:
     for kind in ("weight", "bias") if config.qkv_bias else ("weight",):
         parts = tuple(f"{name}_proj.{kind}" for name in "qkv")
         qkv += weights_of([specs[f"attention.{part}"] for part in parts], (f"qkv_proj.{kind}", parts))
-    segments = [Norm(norm, config.norm_eps, kernels), Linear(qkv, rounding)]
+    segments = [Norm(norm, config.norm_eps, kernels), Linear(qkv, rounding, kernels)]
     if config.qk_norm:
         norms = weights_of([specs["attention.q_norm.weight"], specs["attention.k_norm.weight"]])
         segments.append(HeadNorm(norms, heads, config.norm_eps, kernels))
-    segments += [SelfAttention(heads, kernels), Linear(weights_of([specs["attention.o_proj.weight"]]), rounding)]
+    output = weights_of([specs["attention.o_proj.weight"]])
+    segments += [SelfAttention(heads, kernels), Linear(output, rounding, kernels)]
     return Residual(segments)
 
 

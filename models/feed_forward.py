@@ -32,7 +32,7 @@ class SwiGLU(Segment):
 def gated(specs: Sequence[ParameterSpec], kernels: Kernels, rounding: str) -> list[Segment]:
     """Gate and up projection, SwiGLU, down projection; `specs` are those of the three matrices."""
     gate_up = weights_of(specs[:2], ("gate_up_proj.weight", ("gate_proj.weight", "up_proj.weight")))
-    return [Linear(gate_up, rounding), SwiGLU(kernels), Linear(weights_of(specs[2:]), rounding)]
+    return [Linear(gate_up, rounding, kernels), SwiGLU(kernels), Linear(weights_of(specs[2:]), rounding, kernels)]
 
 
 def feed_forward_block(config: ModelConfig, layer: int, kernels: Kernels, rounding: str) -> Residual:

@@ -139,7 +139,7 @@ def latent_block(config: ModelConfig, layer: int, kernels: Kernels, rounding: st
     latent, specs = config.latent, {spec.name.split(".", 2)[2]: spec for spec in config.layer_parameters(layer)}
 
     def linear(name: str) -> Linear:
-        return Linear(weights_of([specs[f"attention.{name}_proj.weight"]]), rounding)
+        return Linear(weights_of([specs[f"attention.{name}_proj.weight"]]), rounding, kernels)
 
     def norm(name: str) -> Norm:
         return Norm(weights_of([specs[f"{name}_norm.weight"]]), config.norm_eps, kernels)

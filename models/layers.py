@@ -47,31 +47,29 @@ class Linear(Segment):
 
     saves, keeps = 1, 2
 
-    def __init__(self, weights: Sequence[Weight], rounding: str) -> None:
+    def __init__(self, weights: Sequence[Weight], rounding: str, kernels: Kernels) -> None:
         super().__init__(weights)
         self.rounding = Rounding(rounding)
         self.has_bias = len(weights) == 2
-        self.forward_matmul = ops.MatMul(transpose_b=True)
-        self.input_matmul = ops.MatMul()
-        self.weight_matmul = ops.MatMul(transpose_a=True)
+        self.matmul = kernels.Matmul()
         self.column_sum = ops.ReduceSum()
 
     def forward(self, x, weights, context):
         """Saves its input."""
-        y = self.forward_matmul(self.rounding.operand(x), self.rounding.operand(weights[0]))
+        y = self.matmul.forward(self.rounding.operand(x), self.rounding.operand(weights[0]))
         if self.has_bias:
             y = y + self.rounding.operand(weights[1])
         return y, (x,)
 
     def backward_input(self, dy, saved, weights, context):
         """dx = dy w."""
-        dx = self.input_matmul(self.rounding.operand(dy), self.rounding.operand(weights[0]))
+        dx = self.matmul.backward_input(self.rounding.operand(dy), self.rounding.operand(weights[0]))
         return self.rounding.like(dx, saved[0]), (dy, saved[0])
 
     def backward_weight(self, kept):
         """dw = dy^T x, db = the column sums of dy."""
         dy, x = kept
-        dw = self.rounding.master(self.weight_matmul(self.rounding.operand(dy), self.rounding.operand(x)))
+        dw = self.rounding.master(self.matmul.backward_weight(self.rounding.operand(dy), self.rounding.operand(x)))
         if self.has_bias:
             return dw, self.rounding.master(self.column_sum(dy, 0))
         return (dw,)

@@ -112,7 +112,7 @@ def head_segment(
     def loss(ahead: int) -> list[Segment]:
         """What follows a norm: head and loss, and beside them the next module."""
         coef = config.mtp.coef / config.mtp.depth if ahead else 1.0
-        own = [Linear(weights_of(head), rounding), CrossEntropySum(kernels, ahead, coef)]
+        own = [Linear(weights_of(head), rounding, kernels), CrossEntropySum(kernels, ahead, coef)]
         return own if ahead == config.mtp.depth else [Branches([Chain(own), module(ahead + 1)])]
 
     def module(ahead: int) -> Prediction:
@@ -120,7 +120,7 @@ def head_segment(
         name = f"layers.{layer}"
         embedding = LaterEmbedding(weights_of([specs["embedding.weight"]]), kernels, ahead)
         joined = Joined([Chain([embedding, norm(f"{name}.embedding_norm.weight")]), norm(f"{name}.stream_norm.weight")])
-        linear = Linear(weights_of([specs[f"{name}.join_proj.weight"]]), rounding)
+        linear = Linear(weights_of([specs[f"{name}.join_proj.weight"]]), rounding, kernels)
         body = Chain([joined, linear, Widened(), make_layer(config, layer, kernels, rounding)])
         [tally] = weights_of([specs[f"{name}.prediction.tally"]])
         return Prediction([body, norm(f"{name}.norm.weight"), *loss(ahead)], tally, ahead)

@@ -86,8 +86,8 @@ class GatheredLinear(Linear):
     before it travels. Gradients are not, here and in `Enter`: the ranks' parts of one sum are added.
     """
 
-    def __init__(self, weights: Sequence[Weight], rounding: str, collectives: Collectives) -> None:
-        super().__init__(weights, rounding)
+    def __init__(self, weights: Sequence[Weight], rounding: str, kernels: Kernels, collectives: Collectives) -> None:
+        super().__init__(weights, rounding, kernels)
         self.gather = collectives.AllGather("tp")
 
     def forward(self, x, weights, context):
@@ -221,9 +221,9 @@ class TensorParallel:
         weights = self._cut(linear.weights, 0)
         kind = linear.rounding.kind
         if self.sequence:
-            pieces: list[Segment] = [GatheredLinear(weights, kind, self.collectives)]
+            pieces: list[Segment] = [GatheredLinear(weights, kind, self.kernels, self.collectives)]
         else:
-            pieces = [Enter(self.collectives), Linear(weights, kind)]
+            pieces = [Enter(self.collectives), Linear(weights, kind, self.kernels)]
         shared = weights[0].replicas[-1]
         if shared > 1:
             index = self.index // shared * shared
@@ -233,10 +233,10 @@ class TensorParallel:
 
     def _row(self, linear: Linear) -> list[Segment]:
         kind = linear.rounding.kind
-        return [Linear(self._cut(linear.weights, 1), kind), self._leave(kind)]
+        return [Linear(self._cut(linear.weights, 1), kind, self.kernels), self._leave(kind)]
 
     def _everywhere(self, linear: Linear) -> list[Segment]:
-        return [Linear(self._whole(linear.weights, summed=self.sequence), linear.rounding.kind)]
+        return [Linear(self._whole(linear.weights, summed=self.sequence), linear.rounding.kind, self.kernels)]
 
     def _leave(self, rounding: str) -> Segment:
         return Scatter(self.collectives, rounding) if self.sequence else Leave(self.collectives)

@@ -18,6 +18,7 @@ from models.kernels import ascend, native, native_experts, plain, plain_experts
 from models.kernels.plain import EMPTY_LSE as EMPTY_LSE
 
 NAMES = (
+    "Matmul",
     "RMSNorm",
     "HeadNorm",
     "Rotary",
@@ -63,6 +64,7 @@ class Kernels:
     `documents` says whether attention stops at document boundaries; where it does not, Ascend needs no mask.
     """
 
+    Matmul: type[nn.Cell]
     RMSNorm: type[nn.Cell]
     HeadNorm: type[nn.Cell]
     Rotary: type[nn.Cell]
@@ -113,10 +115,10 @@ def _on_cpu(name: str, precision: str) -> Choice:
     missing = native.missing()
     if missing:
         return Choice("plain", f"{missing}; slower")
-    if name in EXPERTS and native_experts.missing_matmul():
-        return Choice("plain", f"{native_experts.missing_matmul()}; slower")
-    if name == "AdamW" and precision == "fp64":
-        return Choice("plain", "the fp64 reference updates weights in plain operators")
+    if name in ("Matmul", *EXPERTS) and native.missing_matmul():
+        return Choice("plain", f"{native.missing_matmul()}; slower")
+    if name in ("Matmul", "AdamW") and precision == "fp64":
+        return Choice("plain", "the fp64 reference multiplies and updates weights in plain operators")
     return Choice("native")
 
 

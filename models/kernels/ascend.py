@@ -41,6 +41,13 @@ def _eight(lse):
     return ops.broadcast_to(lse.reshape(lse.shape + (1,)), lse.shape + (8,))
 
 
+class Matmul(plain.Matmul):
+    """MatMul is the device's own."""
+
+    OPERATORS = ("MatMul",)
+    PRECISIONS = ("fp32", "bf16")
+
+
 class RMSNorm(nn.Cell):
     """`RmsNorm(epsilon)(x, gamma) -> (y, rstd)`, `RmsNormGrad()(dy, x, rstd, gamma) -> (dx, dgamma float32)`.
 

@@ -32,6 +32,14 @@ def missing() -> str:
     return reason if feature else ""
 
 
+@cache
+def missing_matmul() -> str:
+    """Why matrices cannot be multiplied natively; empty when they can."""
+    library = ctypes.CDLL(str(LIBRARY))
+    library.busway_missing_sgemm.restype = ctypes.c_char_p
+    return library.busway_missing_sgemm().decode()
+
+
 def operator(name: str, shape, dtype) -> ops.Custom:
     return ops.Custom(f"{LIBRARY}:busway_{name}", out_shape=shape, out_dtype=dtype, func_type="aot")
 
@@ -62,6 +70,25 @@ def _first_twice(first, *_):
 
 def _number(value: float) -> Tensor:
     return Tensor([value], mstype.float64)
+
+
+class Matmul(nn.Cell):
+    """See `plain.Matmul`. Multiplied by oneDNN, in blocks of rows that threads share."""
+
+    def __init__(self) -> None:
+        super().__init__(auto_prefix=False)
+        self.run_forward = operator("matmul", lambda x, w: [x[0], w[0]], _first)
+        self.run_input = operator("matmul_input", lambda dy, w: [dy[0], w[1]], _first)
+        self.run_weight = operator("matmul_weight", lambda dy, x: [dy[1], x[1]], _first)
+
+    def forward(self, x, w):
+        return self.run_forward(x, w)
+
+    def backward_input(self, dy, w):
+        return self.run_input(dy, w)
+
+    def backward_weight(self, dy, x):
+        return self.run_weight(dy, x)
 
 
 class RMSNorm(nn.Cell):

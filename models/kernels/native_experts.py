@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
-from functools import cache
-
 from mindspore import Tensor, nn
 from mindspore import dtype as mstype
 
-from models.kernels.native import LIBRARY, operator
+from models.kernels.native import operator
 from models.kernels.plain_experts import Rule
-
-
-@cache
-def missing_matmul() -> str:
-    """Why experts' matrices cannot be multiplied natively; empty when they can."""
-    library = ctypes.CDLL(str(LIBRARY))
-    library.busway_missing_sgemm.restype = ctypes.c_char_p
-    return library.busway_missing_sgemm().decode()
 
 
 class Routing(nn.Cell):

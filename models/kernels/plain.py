@@ -33,6 +33,28 @@ def log(beta: float) -> Tensor:
     return constant(math.log(beta) if beta else -math.inf)
 
 
+class Matmul(nn.Cell):
+    """y = x w^T, a linear's, and its gradients."""
+
+    def __init__(self) -> None:
+        super().__init__(auto_prefix=False)
+        self.run_forward = ops.MatMul(transpose_b=True)
+        self.run_input = ops.MatMul()
+        self.run_weight = ops.MatMul(transpose_a=True)
+
+    def forward(self, x, w):
+        """x [T, I], w [O, I] -> y [T, O]."""
+        return self.run_forward(x, w)
+
+    def backward_input(self, dy, w):
+        """-> dx [T, I] = dy w."""
+        return self.run_input(dy, w)
+
+    def backward_weight(self, dy, x):
+        """-> dw [O, I] = dy^T x."""
+        return self.run_weight(dy, x)
+
+
 class RMSNorm(nn.Cell):
     """y = x / sqrt(mean(x^2) + eps) * w over the last dim (Zhang and Sennrich 2019, arXiv:1910.07467)."""
 

@@ -38,6 +38,7 @@ BLOCKS = [  # queries, keys, heads, kv_heads, dim
     (131, 300, 2, 2, 256),
     (200, 515, 6, 2, 47),
 ]
+MATMUL = [(1, 1, 1), (5, 7, 3), (130, 33, 600), (600, 19, 130)]  # tokens, into, out of a linear
 NORM = [(5, 7), (33, 96), (1, 256), (70, 80), (300, 19)]
 SWIGLU = [(5, 7), (33, 43), (3, 160)]
 VOCAB = [(5, 11), (3, 4099), (1, 128)]
@@ -72,6 +73,8 @@ def cases(room, random) -> list[tuple[nn.Cell, list[np.ndarray]]]:
         o[new], lse[:, new] = 0, plain.EMPTY_LSE
         block = BlockBoth(room.BlockAttention(heads, kv_heads, dim**-0.5))
         made.append((block, [do, q, kv, first, last, o.reshape(queries, -1), lse.reshape(-1)]))
+    for tokens, into, out in MATMUL:
+        made.append((MatmulBoth(room.Matmul()), [draw(tokens, out), draw(tokens, into), draw(out, into)]))
     for rows, hidden in NORM:
         made.append((Both(room.RMSNorm(1e-6)), [draw(rows, hidden), draw(rows, hidden), draw(hidden)]))
     for rows, width in SWIGLU:
@@ -101,6 +104,15 @@ def spans(random, queries, keys) -> tuple[np.ndarray, np.ndarray]:
     first[some], last[some] = 0, np.arange(queries, dtype=np.int32)[some]
     first[0], last[0] = 0, keys
     return first, last
+
+
+class MatmulBoth(nn.Cell):
+    def __init__(self, kernel):
+        super().__init__()
+        self.kernel = kernel
+
+    def construct(self, dy, x, w):
+        return self.kernel.forward(x, w), self.kernel.backward_input(dy, w), self.kernel.backward_weight(dy, x)
 
 
 class Both(nn.Cell):

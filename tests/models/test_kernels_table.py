@@ -11,7 +11,7 @@ from setuptools import Distribution
 
 from models import kernels
 from models.checks import ConfigError
-from models.kernels import KERNELS, NAMES, ascend, choose, native, native_experts, plain, plain_experts
+from models.kernels import KERNELS, NAMES, ascend, choose, native, plain, plain_experts
 
 BUILD = runpy.run_path(str(Path(kernels.__file__).parent / "build.py"))
 
@@ -27,17 +27,19 @@ def test_cpu_takes_the_compiled_kernels(compiled):
     assert chosen.describe() == "kernels: native"
 
 
-def test_the_fp64_reference_updates_weights_in_plain_operators(compiled):
+def test_the_fp64_reference_multiplies_and_updates_weights_in_plain_operators(compiled):
     chosen = choose("auto", "fp64", "CPU")
-    assert chosen.AdamW is plain.AdamW and chosen.Attention is native.Attention
-    assert chosen.describe() == "kernels: native; plain AdamW (the fp64 reference updates weights in plain operators)"
+    assert chosen.AdamW is plain.AdamW and chosen.Matmul is plain.Matmul and chosen.Attention is native.Attention
+    why = "the fp64 reference multiplies and updates weights in plain operators"
+    assert chosen.describe() == f"kernels: native; plain Matmul, AdamW ({why})"
 
 
 def test_experts_are_plain_altogether_where_their_matmul_is(compiled, monkeypatch):
     """Native operators leave rows unwritten that plain ones read."""
-    monkeypatch.setattr(native_experts, "missing_matmul", lambda: "no dnnl_sgemm")
+    monkeypatch.setattr(native, "missing_matmul", lambda: "no dnnl_sgemm")
     chosen = choose("auto", "fp32", "CPU")
     assert chosen.Rows is plain_experts.Rows and chosen.Routing is plain_experts.Routing
+    assert chosen.Matmul is plain.Matmul
     assert chosen.Attention is native.Attention and "no dnnl_sgemm; slower" in chosen.describe()
 
 

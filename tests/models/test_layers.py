@@ -7,6 +7,7 @@ from mindspore import Tensor
 
 from models import layers
 from models.config import ParameterSpec
+from models.kernels import choose
 from models.layers import Linear
 from models.weights import Weight
 
@@ -30,7 +31,7 @@ class RecordingMatMul:
 
 def linear(rounding):
     parts = [Weight(n, (ParameterSpec(n, s, "normal"),)) for n, s in (("w", (6, 5)), ("b", (6,)))]
-    return Linear(parts, rounding)
+    return Linear(parts, rounding, choose("plain", "fp32", "CPU"))
 
 
 def bf16(array):

@@ -10,6 +10,7 @@ import pytest
 import recording
 from mindspore import Tensor, nn, ops
 
+from models.kernels import choose
 from models.layers import Linear
 from models.segments import Chain, Segment
 from models.weights import Weight
@@ -292,12 +293,13 @@ class ForwardAndBackward(nn.Cell):
 def test_rounding_before_tokens_are_gathered_has_the_bits_of_rounding_after(machine, kind):
     """All ranks hold the same here: what is gathered is there twice, and a sum is twice what the first rank has."""
     _, made = connect(0, machine, dp=1, tp=2)
-    rng, weight = np.random.default_rng(0), [Weight("w", ())]
+    rng, weight, kernels = np.random.default_rng(0), [Weight("w", ())], choose("auto", "fp32", "CPU")
     x, dy, w = (Tensor(rng.standard_normal(shape, np.float32)) for shape in ((8, 6), (8, 10), (10, 6)))
-    segments = (GatheredLinear(weight, kind, made), Chain([Linear(weight, kind), Scatter(made, kind)]))
+    whole = Linear(weight, kind, kernels)
+    segments = (GatheredLinear(weight, kind, kernels, made), Chain([whole, Scatter(made, kind)]))
     gathered = ForwardAndBackward(segments[0])(x[:4], dy, w)
     scattered = ForwardAndBackward(segments[1])(x, dy[:4], w)
-    linear = ForwardAndBackward(Linear(weight, kind))
+    linear = ForwardAndBackward(Linear(weight, kind, kernels))
     y, dx, dw = linear(ops.concat((x[:4], x[:4])), dy, w)
     wanted = [y, 2 * dx[:4], dw]
     y, dx, dw = linear(x, ops.concat((dy[:4], dy[:4])), w)
