@@ -11,6 +11,7 @@ from changed import changed
 from omegaconf import OmegaConf
 
 from models.checks import ConfigError
+from parallel import schedules
 from trainer import cli
 from trainer.compose import BUILT_IN, compose_recipe, known_recipes, sweep
 from trainer.recipe import all_keys, key_reference, resolved
@@ -78,9 +79,11 @@ def test_all_published_models_have_a_recipe():
     assert set(known_recipes()) == {*PUBLISHED, *ROUNDED, *TINY}
 
 
+@pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
-def test_the_built_in_recipe_is_legal_for_any_small_world(ranks):
-    recipe = recipe_of("tiny_dense", f"layout.dp={ranks}", "layout.tp=1", "layout.pp=1", "data.seq_len=64")
+def test_the_tiny_recipes_are_legal_for_any_small_world(name, ranks):
+    sizes = (f"layout.dp={ranks}", "layout.tp=1", "layout.pp=1", "layout.ep=1")
+    recipe = recipe_of(name, *sizes, "data.seq_len=64")
     assert recipe.train.global_batch == 8 and recipe.parallel_layout.world_size == ranks
     model = recipe.model
     for size in (1, 2, 4):
@@ -93,8 +96,15 @@ def test_the_built_in_experts_lie_on_1_2_or_4_ranks_beside_the_other_axes():
     assert recipe.model.moe.experts
     for axes in ("dp=4", "dp=1 tp=4", "dp=1 cp=4", "dp=2 tp=2", "dp=1 cp=2 tp=2"):
         for ep, pp in product((1, 2, 4), repeat=2):
-            other = changed(recipe, [f"ep={ep}", f"pp={pp}", "micro_batch=1", *axes.split()])
+            other = changed(recipe, [f"ep={ep}", f"pp={pp}", *axes.split()])
             assert other.parallel_layout.world_size == 4 * pp
+
+
+@pytest.mark.parametrize("schedule", schedules.NAMES)
+def test_the_built_in_experts_run_under_every_schedule(schedule):
+    vpp = 2 if schedule == "interleaved" else 1
+    keys = ["dp=2", "ep=2", "pp=2", f"vpp={vpp}", f"schedule={schedule}"]
+    assert changed(recipe_of(BUILT_IN), keys).parallel_layout.world_size == 4
 
 
 def test_overrides_change_what_they_name_and_nothing_else():
