@@ -120,13 +120,13 @@ class Layout:
             self._check_outer_groups(self.outer_groups)
 
     def _check_outer_groups(self, outer: int) -> None:
-        given, remedy = f"layout.outer_groups {outer}", "leave it out"
-        check(self.dispatch != "flat", given, "must be left out with layout.dispatch=flat", remedy)
-        if self.ep > 1:
-            nearest = nearest_divisor(self.ep, outer, lambda count: count > 1)
-            remedy = f"set layout.outer_groups={nearest} (the nearest)"
+        if self.ep == 1:
+            return
+        given = f"layout.outer_groups {outer}"
+        check(self.dispatch != "flat", given, "must be left out with layout.dispatch=flat", "leave it out")
+        nearest = nearest_divisor(self.ep, outer, lambda count: count > 1)
         rule = f"must be above 1 and divide layout.ep {self.ep}"
-        check(outer > 1 and self.ep % outer == 0, given, rule, remedy)
+        check(outer > 1 and self.ep % outer == 0, given, rule, f"set layout.outer_groups={nearest} (the nearest)")
 
     def _expert_remedy(self, stage: int) -> str:
         for axis, other in (("ep", self.etp), ("etp", self.ep)):

@@ -145,7 +145,7 @@ class Mesh:
             return layout.outer_groups or split, "two-level, as asked"
         if blocks > 1:
             return layout.outer_groups or blocks, f"two-level: {why}"
-        return 1, f"flat dispatch: {why}"
+        return 1, f"flat dispatch: {why}" + "; outer_groups has no effect" * bool(layout.outer_groups)
 
     def _blocks(self) -> tuple[int, str]:
         """Blocks of equal size, joined by another and slower plane than the ranks inside, in which each group of

@@ -146,7 +146,7 @@ OVER_BOXES = {"dp": 4, "ep": 4}
         (boxes(100, 100), {**OVER_BOXES, "dispatch": "two_level"}, 2),
         (boxes(100, 100), {**OVER_BOXES, "dispatch": "two_level", "outer_groups": 4}, 4),
         (boxes(100, 50), {"dp": 8, "ep": 8, "dispatch": "two_level"}, 4),
-        (boxes(100, 50), {"dp": 4, "dispatch": "two_level"}, 1),  # without ep
+        (boxes(100, 50), {"dp": 4, "dispatch": "two_level", "outer_groups": 2}, 1),  # without ep
     ],
 )
 def test_dispatch_goes_by_two_levels_where_a_group_spans_a_network_of_half_the_bandwidth(topology, sizes, groups):
@@ -155,6 +155,7 @@ def test_dispatch_goes_by_two_levels_where_a_group_spans_a_network_of_half_the_b
     assert (f"({groups} outer groups)" in mesh.describe()) == (groups > 1)
 
 
+UNUSED = "flat dispatch: the bandwidth of cluster or of box is not known; outer_groups has no effect"
 UNEVEN = "flat dispatch: ep lies in unequal blocks on cluster, or not in its order"
 
 
@@ -163,6 +164,7 @@ UNEVEN = "flat dispatch: ep lies in unequal blocks on cluster, or not in its ord
     [
         (boxes(100, 50), OVER_BOXES, None, "two-level: 2 blocks of ep are joined by a slower network"),
         (boxes(100, 51), OVER_BOXES, None, "flat dispatch: cluster has more than half the bandwidth of box"),
+        (boxes(None, 50), OVER_BOXES | {"outer_groups": 2}, None, UNUSED),
         (boxes(100, None), OVER_BOXES, None, "flat dispatch: the bandwidth of cluster or of box is not known"),
         (boxes(100, 50, "inside"), OVER_BOXES, None, "flat dispatch: no slower network inside ep"),
         (boxes(100, 50), {"dp": 4, "ep": 2}, None, "flat dispatch: no slower network inside ep"),
