@@ -252,6 +252,14 @@ def _saved_by_experts(config: ModelConfig, layout: Layout, seq_len: int) -> int:
     return routed + taken + tokens * 3 * moe.shared * moe.ffn // layout.tp
 
 
+def room_rows(config: ModelConfig, layout: Layout, seq_len: int) -> int:
+    """Rows for which a rank of `ep` has room: all tokens of its group, each to as many of its own experts as it can
+    choose. Static, so memory on a device; address space on a CPU (docs/experts.md)."""
+    moe, ranks = config.moe, layout.ep * layout.etp
+    tokens = layout.micro_batch * seq_len // layout.cp // layout.tp
+    return ranks * tokens * min(moe.top_k, moe.experts // layout.ep)
+
+
 def recomputed_elements(share: Share, seq_len: int) -> int:
     """The most that one layer's backward brings back of what recompute did not save; 0 without recompute."""
     without = replace(share.layout, recompute="none")

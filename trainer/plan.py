@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from models.checks import ConfigError, check_at_least
+from parallel.memory import room_rows
 from parallel.planner import Plan, Result, Search
 from parallel.planner.explain import NAMES, Sensitivity, break_even, lost_by, nested, nestings, sensitivity
 from trainer.callbacks.console import plain_table, short, terminal
@@ -220,7 +221,21 @@ def details(plan: Plan) -> list[Any]:
         held.add_row(str(place), *(f"{value:.2f}" for value in parts.values()), f"{sum(parts.values()):.2f}")
     notes = [f"HCCL_ALGO={plan.algorithms}"] if plan.algorithms else []
     notes += [f"placement: {placement(plan)}", f"constants: {constants(plan)}"]
+    notes += room(plan)
     return ["", terms, *["", axes] * bool(plan.axes), "", levels, "", held, "", *notes]
+
+
+def room(plan: Plan) -> list[str]:
+    """What memory does not count where experts are spread over ranks of Ascend."""
+    layout, problem = plan.estimate.layout, plan.problem
+    if layout.ep * layout.etp == 1 or not problem.topology.rank.device.startswith("ascend"):
+        return []
+    rows, moe = room_rows(problem.model, layout, problem.seq_len), problem.model.moe
+    times = layout.ep * min(moe.top_k, moe.experts // layout.ep) / moe.top_k
+    return [
+        f"memory counts an even share of experts' rows; static shapes on Ascend have room for {times:.3g} times as "
+        f"many: {rows * problem.model.hidden * 2 / 2**30:.1f} GiB for each buffer of rows in bf16"
+    ]
 
 
 def placement(plan: Plan) -> str:

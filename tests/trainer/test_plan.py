@@ -224,6 +224,16 @@ def test_a_plan_says_whether_placement_matters(keys, line, capsys):
     assert line in json.loads(capsys.readouterr().out)["placement"]
 
 
+def test_a_plan_says_how_much_room_experts_would_take(capsys):
+    """4 ranks x 8,192 tokens, each to both of its experts: 65,536 rows of 8,192 numbers of 2 bytes."""
+    experts = ("model.moe.experts=8", "model.moe.top_k=2", "model.moe.ffn=512", "model.hidden=8192", "model.vocab=512")
+    sizes = ("layout.dp=4", "layout.tp=1", "layout.pp=1", "layout.cp=1", "layout.micro_batch=1", "data.seq_len=8192")
+    for ep, said in ((4, "room for 4 times as many: 1.0 GiB for each buffer"), (1, "")):
+        assert cli.main(["explain", *MODEL, RANKS, *experts, *sizes, f"layout.ep={ep}"]) == 0
+        out = " ".join(capsys.readouterr().out.split())
+        assert (said in out) and ("as many" in out) == bool(said)
+
+
 def test_explain_alone_gives_json_of_the_layout(capsys):
     assert cli.main(["explain", *MODEL, "layout.dp=4", "--alone", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
