@@ -12,10 +12,11 @@ Largest relative difference from the one-rank run: of loss and gradient norm ove
 the final weights (each tensor's max|difference| / max|value|). The fp64 reference over 10 steps, within 1e-9; fp32 over
 20 steps, loss and gradient norm within the larger of 1e-5 and three times the control's (in brackets: the one-rank run
 from a start that is perturbed by one rounding). Of a token's experts in a layer and step, how many times the set is
-another in fp32, again with the control's. `make layouts` makes this file.
+another in fp32, again with the control's. Models are small ones like those that are named. `make layouts` makes this
+file.
 
-| ranks | layout | keys | loss | grad norm | held-out | weights | fp32 loss | fp32 grad norm | other experts |
-|---|---|---|---|---|---|---|---|---|---|
+| ranks | model | layout | keys | loss | grad norm | held-out | weights | fp32 loss | fp32 grad norm | other experts |
+|---|---|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -28,7 +29,7 @@ class Table:
 
     def fp64(self, entry, found) -> None:
         """Add what a layout was found to differ by in the reference."""
-        cells = [str(entry.ranks), entry.name, f"`{entry.keys}`"]
+        cells = [str(entry.ranks), entry.kind, entry.name, f"`{entry.keys}`"]
         cells += [f"{found[key]:.0e}" for key in ("loss", "grad_norm", "eval_loss", "weights")]
         self.exact[entry.name] = "| " + " | ".join(cells)
 

@@ -147,7 +147,7 @@ LAYOUTS = {
 
 CI = (
     "tp, sequence parallel", "1f1b, tied", "ring", "zero 3, prefetch, recompute full, tied", "tp x interleaved",
-    "ep, two-level", "ep over tp",
+    "ep over tp", "ep x etp, two-level",
 )  # fmt: skip
 """Those that every test run tries, for fewer steps."""
 
@@ -164,6 +164,7 @@ BALANCED = {
     "global": {
         "global balance, two ranks of one sequence": (2, f"dp=2 ep=2 micro_batch=1 {GLOBAL}"),
         "global balance, one share of two sequences": (2, f"tp=2 ep=2 micro_batch=2 {GLOBAL}"),
+        "global balance over zb_h1, zero 2": (4, f"pp=2 dp=2 ep=2 schedule=zb_h1 zero=2 micro_batch=1 {GLOBAL}"),
     },
     "micro_batch": {
         "balance of a micro-batch": (1, f"micro_batch=2 {MICRO_BATCH}"),
@@ -188,6 +189,14 @@ class Entry(NamedTuple):
     def keys(self) -> str:
         """Those of the layout, as a user would read them."""
         return " ".join(word.removeprefix("layout.") for word in self.layout)
+
+    @property
+    def kind(self) -> str:
+        """What the model is like."""
+        sections = {word.split(".")[1].split("=")[0] for word in self.model}
+        if "moe" not in sections:
+            return "dense"
+        return ("DeepSeek-V3" if "latent" in sections else "Qwen3-MoE") + ", MTP" * ("mtp" in sections)
 
 
 def entry(name: str, ranks: int, keys: str) -> Entry:

@@ -29,7 +29,7 @@ VARIANTS = {
     "deepseek": {
         "moe": ExpertsConfig(
             experts=8, top_k=2, ffn=10, shared=2, first_dense=1, score="sigmoid", groups=4, top_groups=2, scale=2.5,
-            aux_coef=0.3,
+            aux_coef=0.3, z_coef=0.2,
         )
     },
     "sandwich, latent": {
@@ -48,7 +48,7 @@ VARIANTS = {
     "a further token, tied": {"mtp": PredictionConfig(depth=1), "tied_embeddings": True},
 }  # fmt: skip
 
-QUICK = ("qwen3", "deepseek")
+QUICK = ("qwen3", "deepseek", "a further token, tied")
 """Those that every test run tries."""
 UNLIKE = ("llama", "qwen3_moe", "deepseek")
 """With two layers, most of which are not alike."""

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from models.config import ModelConfig
+from parallel.dispatch import even, moves
 from parallel.layout import Layout
 from parallel.mesh import Mesh
 from parallel.traffic import Traffic, step_rows, step_traffic
@@ -229,3 +230,23 @@ def test_a_bucket_is_a_call_of_its_own(machine):
     for mib, calls in ((1, 6), (2, 3), (0, 1), (64, 1), (1e-7, 10)):
         account = step_traffic(Mesh(Layout(dp=2, bucket_mib=mib), machine("any")), 0, config, 8, 2, "float32")
         assert account.payload["dp", "all_reduce", "float32"] == (4 * (config.parameter_count + 3), calls)
+
+
+@pytest.mark.parametrize("top_k", [2, 4, 8])
+@pytest.mark.parametrize(("ranks", "outer"), [(4, 2), (8, 4), (8, 2)])
+def test_two_level_dispatch_of_experts_in_turn_moves_what_a_closed_form_says(ranks, outer, top_k):
+    """Of G groups with E / G experts each, k experts in a row lie in max(1, k G / E) of them, if k and E / G divide
+    each other; a token is sent to those of them that are not its own."""
+    experts, tokens = 8, 64
+    routed = [even(tokens, top_k, experts) for _ in range(ranks)]
+    flat, two_level = (moves(routed, experts, 1, groups, 0) for groups in (1, outer))
+    touched = max(1, top_k * outer // experts)
+    assert two_level[0].places == tuple(range(0, ranks, ranks // outer))
+    assert np.array_equal(two_level[0].rows, np.full((outer, outer), touched * tokens // outer))
+    group = np.arange(ranks) * outer // ranks
+    across = flat[0].rows[0][group != group[0]].sum()
+    assert across == top_k * tokens * (outer - 1) // outer
+    # What came over the outer level is spread inside: a token's row to each of its experts there.
+    inside = ranks // outer
+    assert two_level[1].rows.sum() == top_k * tokens * ranks // outer
+    assert np.array_equal(two_level[1].rows, np.full((inside, inside), top_k * tokens // inside))
