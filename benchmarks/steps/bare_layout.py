@@ -76,13 +76,13 @@ class Matrix(nn.Cell):
     def __init__(self, *names, dim=0):
         super().__init__(auto_prefix=False)
         self.w = Parameter(Tensor(np.concatenate([initial(f"{name}.weight", dim) for name in names])), name=names[0])
-        self.nt, self.nn, self.tn = ops.MatMul(False, True), ops.MatMul(), ops.MatMul(True, False)
+        self.kernel = native.Matmul()
 
     def forward(self, x):
-        return self.nt(x, self.w)
+        return self.kernel.forward(x, self.w)
 
     def backward(self, dy, x):
-        return self.nn(dy, self.w), self.tn(dy, x)
+        return self.kernel.backward_input(dy, self.w), self.kernel.backward_weight(dy, x)
 
 
 class Norm(nn.Cell):

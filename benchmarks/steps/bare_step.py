@@ -80,10 +80,22 @@ class Linear(nn.Cell):
     def __init__(self, columns, rows):
         super().__init__()
         self.weight = Parameter(Tensor((0.02 * rng.standard_normal((rows, columns))).astype(np.float32)))
-        self.matmul = ops.MatMul(transpose_b=True)
+        self.core = LinearCore()
 
     def construct(self, x):
-        return self.matmul(x, self.weight)
+        return self.core(x, self.weight)
+
+
+class LinearCore(nn.Cell):
+    def __init__(self):
+        super().__init__()
+        self.kernel = native.Matmul()
+
+    def construct(self, x, w):
+        return self.kernel.forward(x, w)
+
+    def bprop(self, x, w, out, dout):
+        return self.kernel.backward_input(dout, w), self.kernel.backward_weight(dout, x)
 
 
 class Layer(nn.Cell):
