@@ -30,6 +30,8 @@ MEMORY = {  # bytes of a weight, its gradient, its optimizer's state, and of the
         "gradient_bytes": 4.0,
         "optimizer_bytes": 8.0,
         "own_bytes": 4.0,
+        "message_bytes": 4.0,
+        "stream_bytes": 4.0,
         "saved": 2.0,
         "gradient_copies": 3.0,
     },

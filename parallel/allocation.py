@@ -17,7 +17,7 @@ from parallel.topology import Level, Topology
 def positions(
     topology: Topology, ranks: int | None = None, without: Sequence[str] = (), nodes: Sequence[Any] = ()
 ) -> tuple[int, ...]:
-    """The first `ranks` places (None: all) of `topology` that are free.
+    """`ranks` places (None: all) of `topology` that are free, in as few of its blocks as can be; else the first.
 
     `without` names blocks that are lost, as ``cabinet:3``, counted from 0 along the machine. `nodes` says what is free
     in each block of the level around nodes, in order: a number of nodes, or their numbers inside the block. Raises
@@ -40,7 +40,30 @@ def positions(
     check(
         0 < wanted <= len(left), f"plan.ranks {wanted}", f"must be 1 to the {len(left)} that are free", "choose fewer"
     )
-    return tuple(left[:wanted])
+    return together(left, wanted, topology)
+
+
+def together(left: Sequence[int], wanted: int, topology: Topology) -> tuple[int, ...]:
+    """`wanted` of the places that are left, ascending: of the smallest block that has as many, else of the fullest."""
+    return tuple(sorted(_together(list(left), wanted, topology.levels)))
+
+
+def _together(left: list[int], wanted: int, levels: Sequence[Level]) -> list[int]:
+    if not levels or len(left) == wanted:
+        return left[:wanted]
+    *inside, level = levels
+    if level.ranks is None:
+        return _together(left, wanted, inside)
+    blocks: dict[int, list[int]] = {}
+    for place in left:
+        blocks.setdefault(place // level.ranks, []).append(place)
+    enough = [block for block in blocks.values() if len(block) >= wanted]
+    if enough:
+        return _together(min(enough, key=len), wanted, inside)
+    found: list[int] = []
+    for block in sorted(blocks.values(), key=len, reverse=True):
+        found += _together(block, min(len(block), wanted - len(found)), inside)
+    return found
 
 
 def _level(topology: Topology, name: str, field: str) -> Level:
@@ -70,7 +93,8 @@ def _free(topology: Topology, nodes: Sequence[Any]) -> list[int]:
     block = outer.ranks
     free = []
     for number, entry in enumerate(nodes):
-        own = list(range(entry)) if type(entry) is int else list(entry) if isinstance(entry, Sequence) else [None]
+        counted = type(entry) is int and entry >= 0
+        own = list(range(entry)) if counted else list(entry) if isinstance(entry, Sequence) else [None]
         legal = all(type(i) is int and 0 <= i < block // node.ranks for i in own) and own == sorted(set(own))
         rule = f"must name nodes below the {block // node.ranks} of a {outer.name}, ascending"
         check(legal, f"plan.nodes[{number}] {entry}", rule, "give a number of nodes, or a list of their numbers")

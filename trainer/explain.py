@@ -20,7 +20,7 @@ from trainer.callbacks.console import plain_table, terminal
 from trainer.compose import YAML, Composed, compose_recipe
 from trainer.errors import EXIT_DONE
 from trainer.plan import details, headline
-from trainer.planning import plan_of, problem_of, problem_of_layout, search
+from trainer.planning import problem_of, problem_of_layout, search
 from trainer.recipe import Recipe
 from trainer.settings import LayoutSettings
 from trainer.train import add_recipe, recipe_of
@@ -88,13 +88,13 @@ def _filled(composed: Composed, held: list[str]) -> Plan:
     """The best layout that has the keys that are held."""
     problem = problem_of(composed.recipe, composed.given | {*held})
     problem, result = search(problem, 1, composed.recipe.plan.allow_idle, lambda line: None)
-    return plan_of(composed.recipe, problem, result.best[0])
+    return Plan(problem, result.best[0])
 
 
 def _own(recipe: Recipe) -> Plan:
     """The layout that a recipe says."""
     problem = problem_of_layout(recipe)
-    return plan_of(recipe, problem, evaluate(problem, [recipe.parallel_layout])[0])
+    return Plan(problem, evaluate(problem, [recipe.parallel_layout])[0])
 
 
 def _other(name: str, overrides: list[str], against: list[str]) -> Plan:
@@ -113,7 +113,7 @@ def _best(plan: Plan, held: list[str] | None) -> Plan | None:
     passed = {key: value for key, value in plan.problem.fixed.items() if key not in CHOSEN}
     problem = replace(plan.problem, fixed=passed)
     result = Search(problem, keep=1).run()
-    return Plan(problem, result.best[0], plan.dtypes) if result.best else None
+    return Plan(problem, result.best[0]) if result.best else None
 
 
 def _compared(plan: Plan, other: Plan | None) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from trainer.compose import Composed, compose_recipe
 from trainer.errors import EXIT_DONE
 from trainer.files import write_text
 from trainer.machine import writing_to
-from trainer.planning import plan_of, problem_of, search, with_layout
+from trainer.planning import problem_of, search, with_layout
 from trainer.recipe import resolved
 from trainer.train import add_recipe, recipe_of
 
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     with progress.status("planning") as status:
         question = problem_of(composed.recipe, composed.given)
         problem, result = search(question, max(args.top, 2), composed.recipe.plan.allow_idle, status.update)
-        plans = [plan_of(composed.recipe, problem, found) for found in result.best]
+        plans = [Plan(problem, found) for found in result.best]
         answer = Answer(
             composed, plans, result, sensitivity(problem, plans[0]) if args.sensitivity else [],
             question.ranks - problem.ranks, _whole(name, overrides),
@@ -88,7 +88,7 @@ def _whole(name: str, overrides: list[str]) -> Plan | None:
     except ConfigError:  # a machine of any size, which says no number of ranks
         return None
     best = Search(problem, keep=1).run().best
-    return plan_of(composed.recipe, problem, best[0]) if best else None
+    return Plan(problem, best[0]) if best else None
 
 
 def _write(out: Path, answer: Answer) -> None:

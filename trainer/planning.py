@@ -10,22 +10,25 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from models.checks import ConfigError, check, check_at_least
-from parallel.allocation import positions
+from parallel.allocation import positions, together
 from parallel.layout import Layout
-from parallel.planner import Estimate, Plan, Problem, Result, Search
+from parallel.planner import Plan, Problem, Result, Search
 from parallel.planner.explain import contradiction, smallest, too_large
 from parallel.planner.problem import CHOSEN, check_known
-from trainer import precision
 from trainer.compose import Composed
+from trainer.precision import Precision, choose
 from trainer.recipe import Recipe, layout_keys, typed
 
 Say = Callable[[str], None]
 
 
-def problem_of(recipe: Recipe, given: frozenset[str] = frozenset(), places: tuple[int, ...] | None = None) -> Problem:
+def problem_of(
+    recipe: Recipe, given: frozenset[str] = frozenset(), places: tuple[int, ...] | None = None, device: str = "Ascend"
+) -> Problem:  # fmt: skip
     """What a recipe asks of the planner; `given` are the keys of its layout that are held.
 
-    `places` are those where ranks may run, by default what the recipe leaves of the machine.
+    `places` are those where ranks may run, by default what the recipe leaves of the machine. What `train.precision`
+    means is that of `device`.
     """
     check(
         "stages" not in given or recipe.layout.stages is None,
@@ -48,7 +51,7 @@ def problem_of(recipe: Recipe, given: frozenset[str] = frozenset(), places: tupl
     hide = {kind: share for kind, share in vars(settings.overlap).items() if share is not None}
     return Problem(
         recipe.model, recipe.data.seq_len, recipe.train.global_batch, recipe.machine, places,
-        passed | held, hide=hide, imbalance=settings.imbalance,
+        passed | held, dtypes_of(recipe, device), chosen(recipe, device).peak, hide, settings.imbalance,
     )  # fmt: skip
 
 
@@ -62,12 +65,12 @@ def _check_held(held: dict[str, Any]) -> None:
         check_at_least(f"layout.{key}", held.get(key, 1), 1)
 
 
-def problem_of_layout(recipe: Recipe) -> Problem:
+def problem_of_layout(recipe: Recipe, device: str = "Ascend") -> Problem:
     """The question whose ranks are those of the recipe's own layout."""
     if recipe.layout.auto:
         raise ConfigError("layout.auto is true, so there is no layout to explain; use `busway plan`, or name a layout")
     keys = dataclasses.asdict(recipe.parallel_layout)
-    problem = problem_of(recipe, places=recipe.placement)
+    problem = problem_of(recipe, places=recipe.placement, device=device)
     return dataclasses.replace(problem, fixed={key: keys[key] for key in problem.fixed})
 
 
@@ -93,7 +96,8 @@ def _fewer(problem: Problem) -> list[Problem]:
     """The same on fewer ranks: by whole nodes, and at least half of them."""
     node = next((level.ranks for level in problem.topology.levels if level.name == "node"), None) or 1
     counts = range((problem.ranks - 1) // node * node, problem.ranks // 2, -node)
-    return [dataclasses.replace(problem, positions=problem.positions[:count]) for count in counts]
+    places = (together(problem.positions, count, problem.topology) for count in counts)
+    return [dataclasses.replace(problem, positions=own) for own in places]
 
 
 def _nothing(problem: Problem, result: Result) -> str:
@@ -132,20 +136,20 @@ def planned(composed: Composed, say: Say) -> Composed:
     problem, result = search(
         problem_of(composed.recipe, composed.given), 1, composed.recipe.plan.allow_idle, lambda _: None
     )
-    plan = plan_of(composed.recipe, problem, result.best[0])
+    plan = Plan(problem, result.best[0])
     found = plan.estimate
     say(f"plan: {found.layout.product()}, {found.step:.3g} s a step predicted, of {result.ranked:,} layouts ranked")
     return with_layout(composed, plan)
 
 
-def plan_of(recipe: Recipe, problem: Problem, estimate: Estimate, device: str = "Ascend", routed: Any = None) -> Plan:
-    """A plan whose traffic has the dtypes that the recipe has on `device`; `routed` as `Plan` takes it."""
-    return Plan(problem, estimate, dtypes_of(recipe, device), routed)
+def chosen(recipe: Recipe, device: str) -> Precision:
+    """The recipe's precision on `device`; fp64 is on every device what it is on CPU."""
+    name = recipe.train.precision
+    return choose(name, "CPU" if name == "fp64" else device)
 
 
 def dtypes_of(recipe: Recipe, device: str) -> tuple[str, str]:
-    """Of weights and gradients, and of what linears take and give; fp64 is on every device what it is on CPU."""
-    name = recipe.train.precision
-    chosen = precision.choose(name, "CPU" if name == "fp64" else device)
-    own = np.dtype(chosen.dtype).name
-    return own, "bfloat16" if chosen.rounding == "native" else own
+    """Of weights and gradients, and of what linears take and give."""
+    found = chosen(recipe, device)
+    own = np.dtype(found.dtype).name
+    return own, "bfloat16" if found.rounding == "native" else own

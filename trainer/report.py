@@ -23,7 +23,7 @@ from trainer.callbacks.summary import MEMORY_KINDS
 from trainer.compose import YAML, read_yaml
 from trainer.errors import EXIT_DONE, InputError
 from trainer.files import write_text
-from trainer.planning import dtypes_of, plan_of, problem_of_layout
+from trainer.planning import dtypes_of, problem_of_layout
 from trainer.recipe import Recipe
 from trainer.run_directory import RunDirectory, load_recipe
 
@@ -61,9 +61,9 @@ class Measured:
 
     def plan(self, routing: Routing | None = None) -> Plan:
         """What the planner says of the layout. Raises `ConfigError` where the topology does not know its speed."""
-        problem = problem_of_layout(self.recipe)
+        problem = problem_of_layout(self.recipe, self.device)
         (estimate,) = evaluate(problem, [self.recipe.parallel_layout])
-        return plan_of(self.recipe, problem, estimate, self.device, routing)
+        return Plan(problem, estimate, routing)
 
     def traffic(self, routing: Routing | None) -> Rows:
         """The planner's account of a step, for which no speed need be known."""

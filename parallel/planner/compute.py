@@ -100,9 +100,9 @@ class Compute:
             each.add("kernels", self.constants.kernel * share)
         s = self.shape
         entered = np.where(np.asarray(s.q_rank) > 0, 0, s.hidden)  # latent attention is entered by its latents
-        entered = entered + np.where(np.asarray(s.kv_rank) > 0, s.q_rank + s.kv_rank + s.rope, 0)
+        latents = np.where(np.asarray(s.kv_rank) > 0, s.q_rank + s.kv_rank + s.rope, 0)
         block = np.where(s.shared, s.hidden, 0) if sparse else s.hidden  # routed rows are dispatched
-        self.tensor(passes, entered + block, s.hidden + block, 2)
+        self.tensor(passes, entered + block, latents, s.hidden + block, 2)
         self.host(passes)
         return passes
 
@@ -142,7 +142,8 @@ class Compute:
         share = np.maximum(keys / inside, np.minimum(s.head_dim, keys))
         (size, stride) = factors(c, ("cp",))[0]
         near = self.network.group([(np.minimum(inside, size), stride)])
-        moved = item * self.tokens * (2 * s.query / c.tp + 2 * inside * share)
+        outputs = self.constants.stream_bytes * s.query / c.tp
+        moved = self.tokens * (item * (s.query / c.tp + 2 * inside * share) + outputs)
         heads = np.where(inside > 1, self.network.all_to_all(moved, near, 2), 0.0)
         level = self.network.level_between(stride * inside, np.maximum(places - 2, 0))
         block = item * self.tokens * inside * 2 * share
@@ -183,26 +184,27 @@ class Compute:
         s, c, k = self.shape, self.candidates, self.constants
         group = self.network.group(expert_factors(c, "ep"))
         there = self.network.all_to_all(k.item_bytes * copies * s.hidden, group)
-        gathered = self.network.half(k.item_bytes * self.tokens * s.hidden, self.tp_group)
-        taken = np.where(c.sequence_parallel, 0.0, gathered)
-        for each in (passes.forward, passes.input):
+        for each, item in ((passes.forward, k.item_bytes), (passes.input, k.stream_bytes)):
+            gathered = self.network.half(item * self.tokens * s.hidden, self.tp_group)
             each.add("ep", 2 * there * (1 - k.hide_ep))
-            each.add("tp", taken * (1 - k.hide_tp))
+            each.add("tp", np.where(c.sequence_parallel, 0.0, gathered) * (1 - k.hide_tp))
 
-    def tensor(self, passes: Passes, entered: Column, left: Column, calls: int) -> None:
-        """Blocks are entered with `entered` numbers a token and left with `left`, in `calls` messages each way.
+    def tensor(self, passes: Passes, entered: Column, latents: Column, left: Column, calls: int) -> None:
+        """Blocks are entered with `entered` numbers a token, and with `latents`, and left with `left`, in `calls`
+        messages each way.
 
-        Where they are left forward, and entered backward, ranks sum. With sequence parallelism a sum is a
-        reduce-scatter, and its transpose an all-gather; what was entered is gathered once more for the weights'
-        gradients.
+        Where they are left forward, and entered backward, ranks sum; gradients of the stream in its own precision. With
+        sequence parallelism a sum is a reduce-scatter, and its transpose an all-gather; what was entered is gathered
+        once more for the weights' gradients.
         """
         c, k = self.candidates, self.constants
-        enter, leave = (
-            self.network.half(k.item_bytes * self.tokens * width, self.tp_group, calls) * (1 - k.hide_tp)
-            for width in (entered, left)
+        item, stream = k.item_bytes, k.stream_bytes
+        enter, summed, leave = (
+            self.network.half(self.tokens * size, self.tp_group, calls) * (1 - k.hide_tp)
+            for size in (item * (entered + latents), stream * entered + item * latents, item * left)
         )
         passes.forward.add("tp", np.where(c.sequence_parallel, enter + leave, 2 * leave))
-        passes.input.add("tp", np.where(c.sequence_parallel, enter + leave, 2 * enter))
+        passes.input.add("tp", np.where(c.sequence_parallel, summed + leave, 2 * summed))
         passes.weight.add("tp", np.where(c.sequence_parallel, enter, 0.0))
 
     def host(self, passes: Passes) -> None:
@@ -216,7 +218,7 @@ class Compute:
         """Rows looked up, and summed over tp."""
         passes, k = Passes(), self.constants
         rows = self.memory_pass(self.tokens * 2 * self.shape.hidden)
-        size = k.item_bytes * self.tokens * self.shape.hidden
+        size = k.stream_bytes * self.tokens * self.shape.hidden
         passes.forward.add("passes", rows)
         passes.weight.add("passes", 2 * rows)
         passes.forward.add("tp", 2 * self.network.half(size, self.tp_group) * (1 - k.hide_tp))
@@ -231,7 +233,7 @@ class Compute:
         logits = moved / (self.machine.memory_bandwidth * k.memory)
         passes.forward.add("passes", logits)
         passes.input.add("passes", logits)
-        self.tensor(passes, s.hidden * heads, 0, 1)
+        self.tensor(passes, s.hidden * heads, 0, 0, 1)
         return passes
 
     def passes(self, sparse: bool = True) -> dict[str, Passes]:

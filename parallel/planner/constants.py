@@ -100,8 +100,18 @@ class Constants:
     """Of a weight that ranks of dp gather."""
     item_bytes: float = 2.0
     """Of one number of an activation, and of a message of one."""
+    stream_bytes: float = 2.0
+    """Of one number that stages pass on, and of the gradients that tp sums where blocks are entered."""
     buffers: float = 0.0
     """GiB of a communicator's buffers."""
+
+    def of_numbers(self, weight: int, item: int) -> Constants:
+        """Those of Busway, which are of mixed precision, where weights, sums and what is saved have numbers of `weight`
+        bytes, and what linears take `item`."""
+        scaled = ("weight_bytes", "gradient_bytes", "optimizer_bytes", "own_bytes", "message_bytes", "stream_bytes")
+        wider = {name: getattr(self, name) * weight / 4 for name in (*scaled, "logit_bytes")}
+        saved = {name: getattr(self, name) * (weight / 4) / (item / 2) for name in ("saved", "logits")}
+        return replace(self, item_bytes=item, **wider, **saved)
 
 
 @dataclass(frozen=True)

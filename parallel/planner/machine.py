@@ -124,17 +124,18 @@ def machine(topology: Topology, constants: Constants, peak: str = "bfloat16") ->
     }
     for name, value in known.items():
         check(value is not None, f"topology {topology.name}: {name}", "is not known, and a plan needs it", remedy)
+    reached = [min(level.bandwidth, level.plane.injection or np.inf) for level in levels]
     # A level is an outer one where those inside it are twice as fast: more bandwidth around it does not make it one.
-    fastest = np.maximum.accumulate([level.bandwidth for level in levels])
+    fastest = np.maximum.accumulate(reached)
     shares = [
-        constants.outer if 2 * level.bandwidth <= inside else constants.inner
-        for level, inside in zip(levels, fastest.tolist(), strict=True)
+        constants.outer if 2 * own <= inside else constants.inner
+        for own, inside in zip(reached, fastest.tolist(), strict=True)
     ]
     return Machine(
         topology,
         levels,
         tuple(level.ranks or ANYWHERE for level in levels),
-        tuple(level.bandwidth * 1e9 * share for level, share in zip(levels, shares, strict=True)),
+        tuple(own * 1e9 * share for own, share in zip(reached, shares, strict=True)),
         tuple((level.latency or 0.0) * 1e-6 for level in levels),
         known[f"rank.peak_tflops.{peak}"] * 1e12,
         rank.memory_bandwidth * 1e9,

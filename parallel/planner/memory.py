@@ -67,10 +67,11 @@ def weights(shape: Shape, c: Candidates) -> dict[str, Weights]:
     return {"embedding": Weights(matrix), "dense": dense, "sparse": sparse, "head": head}
 
 
-def saved(shape: Shape, seq_len: Column, c: Candidates) -> dict[str, tuple[Column, Column]]:
+def saved(shape: Shape, seq_len: Column, c: Candidates, imbalance: Column = 1.0) -> dict[str, tuple[Column, Column]]:
     """(elements that a micro-batch leaves of a segment, what its backward brings back) of each of `KINDS`.
 
     See `parallel.memory.saved_elements`; logits are not in the head's, as their loss keeps them in another precision.
+    Rows of experts are the busiest rank's, `imbalance` times the even share.
     """
     s = shape
     tokens = c.micro_batch * seq_len // c.cp
@@ -89,7 +90,7 @@ def saved(shape: Shape, seq_len: Column, c: Candidates) -> dict[str, tuple[Colum
     whole = np.where(latent, latents + heads * width + heads, core + normed)
     without = np.where(latent, latents, qkv + normed)
     own = tokens // c.tp
-    copies = own * s.top_k * c.etp
+    copies = own * s.top_k * c.etp * imbalance
     routed = own * (s.experts + s.top_k) + c.micro_batch * 2 * s.experts + 1
     routed = routed + copies * (s.hidden + s.gates * s.expert_ffn // c.etp + 2) + s.experts // c.ep
     routed = routed + np.where((c.tp > 1) & np.logical_not(c.sequence_parallel), own * s.hidden, 0)
@@ -181,7 +182,7 @@ class Holding:
         self._keep(base)
 
     def _keep(self, base: Candidates) -> None:
-        kept = saved(self.shape, self.seq_len, base)
+        kept = saved(self.shape, self.seq_len, base, self.k.imbalance)
         self.saved = self.table({kind: numbers for kind, (numbers, _) in kept.items()})
         self.back = self.table({kind: numbers for kind, (_, numbers) in kept.items()})
         k, further = self.k, np.asarray(self.shape.further)

@@ -21,9 +21,6 @@ from parallel.traffic import step_rows
 EXACT_RANKS = 64
 """Worlds of up to as many ranks have their traffic counted rank by rank; larger ones at ranks that lie at edges."""
 
-DTYPES = ("float32", "bfloat16")
-"""Of weights and gradients, and of what linears take, under bf16 (`trainer.precision`)."""
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -31,8 +28,6 @@ class Plan:
 
     problem: Problem
     estimate: Estimate
-    dtypes: tuple[str, str] = DTYPES
-    """Of weights and gradients, and of what linears take and give."""
     routed: Sequence[Mapping[int, np.ndarray]] | None = None
     """Of each rank, by layer, the experts [N, K] that its tokens of a step go to; None: experts in turn."""
 
@@ -78,7 +73,7 @@ class Plan:
     def traffic(self) -> list[dict[str, Any]]:
         """Rows of payload and wire bytes by axis, collective and level, as `summary.json` has them."""
         problem = self.problem
-        sizes = (problem.model, problem.seq_len, problem.global_batch, *self.dtypes)
+        sizes = (problem.model, problem.seq_len, problem.global_batch, *problem.dtypes)
         return step_rows(self.mesh, *sizes, routed=self.routed, ranks=self._ranks())
 
     def _ranks(self) -> Sequence[int]:

@@ -276,7 +276,7 @@ class _Stages:
         if c.pp > 2:  # from the last rank back to the first
             level = np.where(beside | (place == following), level, network.level_of_ends(distance, c.pp))
         level = np.broadcast_to(level, (len(c), c.stages - 1))
-        size = self.own(self.k.item_bytes * self.base.compute.stream * self.base.shape.hidden)
+        size = self.own(self.k.stream_bytes * self.base.compute.stream * self.base.shape.hidden)
         seconds = network.message(np.broadcast_to(size, level.shape), level)
         return np.where(place == following, 0.0, seconds)
 

@@ -16,12 +16,15 @@ from parallel.planner.constants import Constants, Fit, constants, tables
 from parallel.planner.machine import Machine, machine
 from parallel.planner.shape import Contents, Load, Shape, contents, load
 from parallel.topology import Level, Topology
+from parallel.traffic import DTYPE_BYTES
 
 CHOSEN = (
     "tp", "sequence_parallel", "pp", "vpp", "schedule", "cp", "cp_method", "cp_ulysses", "ep", "etp", "dp", "zero",
     "zero_group", "micro_batch", "recompute", "order",
 )  # fmt: skip
 """Keys of a layout that the planner chooses unless they are fixed."""
+MIXED = ("float32", "bfloat16")
+"""Of weights and gradients, and of what linears take, under bf16 on a device."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,10 @@ class Problem:
     """Where on the machine ranks may run, ascending: all of it, or what a scheduler or a fault leaves."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """Keys of `Layout` that the user gave: of `CHOSEN`, they are not searched over; others are passed on."""
-    framework: str = "busway"
+    dtypes: tuple[str, str] = MIXED
+    """Of weights and gradients, and of what linears take and give."""
+    peak: str = "bfloat16"
+    """Key of the topology's `peak_tflops`."""
     hide: Mapping[str, float] = field(default_factory=dict)
     """Overlap by kind of traffic (tp, dp, ep, cp, pp), 0 to 1, over what the constants say."""
     imbalance: float | None = None
@@ -53,11 +59,12 @@ class Problem:
     @cached_property
     def fit(self) -> Fit:
         """The constants, and how well they fit."""
-        found = constants(self.topology.rank.device, self.framework)
+        found = constants(self.topology.rank.device, "busway")
         changed = {f"hide_{kind}": float(share) for kind, share in self.hide.items()}
         if self.imbalance is not None:
             changed["imbalance"] = self.imbalance
-        return replace(found, constants=replace(found.constants, **changed))
+        numbers = found.constants.of_numbers(*(DTYPE_BYTES[dtype] for dtype in self.dtypes))
+        return replace(found, constants=replace(numbers, **changed))
 
     @property
     def constants(self) -> Constants:
@@ -66,7 +73,7 @@ class Problem:
     @cached_property
     def machine(self) -> Machine:
         """The levels as prices see them: blocks of what is there, the same for every group."""
-        return machine(usable(self.topology, self.positions), self.constants)
+        return machine(usable(self.topology, self.positions), self.constants, self.peak)
 
     @cached_property
     def shape(self) -> Shape:

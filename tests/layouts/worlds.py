@@ -28,7 +28,12 @@ def machine(folder: Path, levels: dict[str, tuple[Any, float, str]]) -> str:
     """What has runs placed on a machine of these levels, whose speed is known, as the planner asks."""
     source = {
         "name": "-".join(levels),
-        "rank": {"name": "core", "memory_gib": 64.0, "memory_bandwidth": 100.0, "peak_tflops": {"bfloat16": 1.0}}
+        "rank": {
+            "name": "core",
+            "memory_gib": 64.0,
+            "memory_bandwidth": 100.0,
+            "peak_tflops": dict.fromkeys(("bfloat16", "float32", "float64"), 1.0),
+        }
         | {"device": "ascend910c"},
         "planes": {plane: {"injection": None} for _, _, plane in levels.values()},
         "levels": [

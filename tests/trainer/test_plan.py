@@ -234,6 +234,34 @@ def test_a_plan_says_how_much_room_experts_would_take(capsys):
         assert (said in out) and ("as many" in out) == bool(said)
 
 
+def alone(capsys, *words: str) -> dict:
+    """What is predicted of the layout that `words` spell."""
+    assert cli.main(["explain", *MODEL, *words, "--alone", "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_recipes_precision_is_what_is_priced(capsys):
+    """fp32 at half the peak moves no fewer bytes, and holds as many: in bf16 the engine keeps fp32."""
+    layout = ("layout.dp=2", "layout.tp=2")
+    mixed, full = (
+        alone(capsys, *layout, f"train.precision={name}", "topology.rank.peak_tflops.float32=188")
+        for name in ("bf16", "fp32")
+    )
+    assert full["terms_s"]["matmul"] > 1.9 * mixed["terms_s"]["matmul"]
+    assert full["terms_s"]["tp"] > mixed["terms_s"]["tp"]
+    assert full["memory_gib"] == pytest.approx(mixed["memory_gib"])
+    assert cli.main(["explain", *MODEL, *layout, "train.precision=fp32", "--alone"]) == 2
+    assert "rank.peak_tflops.float32 is not known, and a plan needs it" in capsys.readouterr().err
+
+
+def test_imbalance_takes_time_and_memory_and_overlap_gives_time(capsys):
+    experts = ("model.moe.experts=8", "model.moe.top_k=2", "model.moe.ffn=512", "layout.dp=4", "layout.ep=4")
+    even, uneven = (alone(capsys, *experts, f"plan.imbalance={share}") for share in (1, 3))
+    assert uneven["step_s"] > even["step_s"] and uneven["memory_gib"] > even["memory_gib"]
+    seen, hidden = (alone(capsys, *experts, f"plan.overlap.ep={share}")["terms_s"] for share in (0, 1))
+    assert seen["ep"] > 0 and "ep" not in hidden
+
+
 def test_explain_alone_gives_json_of_the_layout(capsys):
     assert cli.main(["explain", *MODEL, "layout.dp=4", "--alone", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

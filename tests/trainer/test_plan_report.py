@@ -12,11 +12,11 @@ import pytest
 from plotly.offline import get_plotlyjs
 
 from parallel.layout import Layout
-from parallel.planner import Result, evaluate
+from parallel.planner import Plan, Result, evaluate
 from parallel.planner.explain import Sensitivity, lost_by
 from trainer.compose import compose_recipe
 from trainer.plan_report import report
-from trainer.planning import plan_of, problem_of
+from trainer.planning import problem_of
 
 EVERYWHERE = {"chart-step", "chart-machine", "chart-memory"}
 PIPELINED = Layout(dp=4, tp=2, pp=2, ep=4, zero=1)
@@ -35,7 +35,7 @@ def plans_of(*layouts, ranks=16, batch=64):
     problem = replace(problem, positions=tuple(range(ranks)), global_batch=batch)
     for layout in layouts:
         problem.check(layout)
-    return [plan_of(recipe, problem, found) for found in evaluate(problem, layouts)]
+    return [Plan(problem, found) for found in evaluate(problem, layouts)]
 
 
 def page_of(plans, front=False, changes=()):

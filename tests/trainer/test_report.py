@@ -9,11 +9,11 @@ import pytest
 import yaml
 
 from models.checks import ConfigError
-from parallel.planner import evaluate
+from parallel.planner import Plan, evaluate
 from parallel.planner.constants import constants
 from trainer import cli
 from trainer.compose import compose_recipe
-from trainer.planning import plan_of, problem_of_layout, with_layout
+from trainer.planning import problem_of_layout, with_layout
 from trainer.recipe import resolved
 
 PARAMETERS = 2 * 300 * 32 + 32 * 32 * 2 + 2 * 32 * 16 + 3 * 32 * 48 + 3 * 32
@@ -33,7 +33,7 @@ def fast(tmp_path):
     rank = {"name": "core", "device": "ascend910c", "memory_gib": 8, "memory_bandwidth": 10}
     source = {
         "name": "fast",
-        "rank": rank | {"peak_tflops": {"bfloat16": 0.1}},
+        "rank": rank | {"peak_tflops": {"bfloat16": 0.1, "float32": 0.1}},
         "planes": {"memory": {"injection": None}},
         "levels": [{"name": "machine", "members": 2, "bandwidth": 5, "latency": 2, "plane": "memory"}],
     }
@@ -73,7 +73,7 @@ def planned(small_recipe, *overrides):
     """A recipe of two ranks that came from a plan, and what the planner predicts of it."""
     composed = compose_recipe(str(small_recipe), ["layout.dp=2", "layout.micro_batch=2", *overrides])
     problem = problem_of_layout(composed.recipe)
-    plan = plan_of(composed.recipe, problem, evaluate(problem, [composed.recipe.parallel_layout])[0])
+    plan = Plan(problem, evaluate(problem, [composed.recipe.parallel_layout])[0])
     return with_layout(composed, plan).recipe, plan.prediction()
 
 
@@ -97,7 +97,7 @@ def test_emulated_bf16_moves_float32(finished, report):
 
 def test_without_a_stored_prediction_the_planner_says_what_explain_says(finished, report, fast, capsys):
     run = finished(fast)
-    assert cli.main(["explain", str(run / "recipe.yaml"), "--json"]) == 0
+    assert cli.main(["explain", str(run / "recipe.yaml"), "train.precision=fp32", "--json"]) == 0
     expected = json.loads(capsys.readouterr().out)
     found = report(run)
     assert found["predicted"] == {key: expected[key] for key in ("step_s", "tokens_per_s", "mfu", "memory_gib")}
@@ -124,7 +124,8 @@ def test_a_refit_predicts_the_run_it_is_made_from(finished, fast, tmp_path, caps
     run, file = finished(fast), tmp_path / "fitted.yaml"
     assert cli.main(["report", str(run), "--refit", str(file)]) == 0
     capsys.readouterr()
-    assert cli.main(["explain", str(run / "recipe.yaml"), f"topology.rank.device={file}", "--json"]) == 0
+    words = (f"topology.rank.device={file}", "train.precision=fp32")  # that of a run on CPU
+    assert cli.main(["explain", str(run / "recipe.yaml"), *words, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["step_s"] == pytest.approx(STEP_S, rel=1e-4)
 
 

@@ -13,7 +13,7 @@ from parallel.planner.machine import Machine
 from parallel.planner.price import price
 from parallel.planner.shape import Shape, candidate, contents
 from parallel.topology import Level, Plane, Rank, Topology
-from parallel.traffic import maximum, step_traffic
+from parallel.traffic import DTYPE_BYTES, maximum, step_traffic
 
 SEQ_LEN, GLOBAL_BATCH = 512, 8
 PLANE = Plane("wires", 1e-9)
@@ -21,8 +21,10 @@ TOPOLOGY = Topology("any", Rank("device", 1.0, 1.0, {}), (PLANE,), (Level("machi
 MACHINE = Machine(TOPOLOGY, TOPOLOGY.levels, (2**40,), (1.0,), (0.0,), 1e300, 1e300, 1.0)
 """Moves a byte a second and computes at once, so that seconds are bytes."""
 BARE = Constants(
-    kernel=0, call=0, call_far=0, hide_tp=0, hide_dp=0, hide_cp=0, hide_pp=0, gradient_bytes=2, message_bytes=2
+    kernel=0, call=0, call_far=0, hide_tp=0, hide_dp=0, hide_cp=0, hide_pp=0, message_bytes=4, stream_bytes=4
 )  # fmt: skip
+PRECISIONS = {"bf16": ("float32", "bfloat16"), "fp32": ("float32", "float32"), "fp64": ("float64", "float64")}
+"""Dtypes of weights and gradients, and of what linears take."""
 SHAPES = {"layers": 4, "hidden": 512, "ffn": 1024, "heads": 8, "kv_heads": 8, "head_dim": 64, "vocab": 1024}
 MODELS = {
     "dense": {},
@@ -47,12 +49,10 @@ LAYOUTS = {
 }
 
 
-def counted(config: ModelConfig, layout: Layout) -> dict[str, float]:
+def counted(config: ModelConfig, layout: Layout, dtypes: tuple[str, str]) -> dict[str, float]:
     """Bytes that the busiest rank sends in a step along each axis."""
     mesh, found = Mesh(layout, TOPOLOGY), {}
-    accounts = (
-        step_traffic(mesh, rank, config, SEQ_LEN, GLOBAL_BATCH, "bfloat16") for rank in range(layout.world_size)
-    )
+    accounts = (step_traffic(mesh, rank, config, SEQ_LEN, GLOBAL_BATCH, *dtypes) for rank in range(layout.world_size))
     for key, wire in maximum(accounts).wire.items():
         axis = {"dp x cp": "dp", "edp": "dp", "ep x etp": "ep"}.get(key.axis, key.axis)
         if axis == "cp" and key.collective in ("all_reduce", "reduce_scatter", "all_gather"):
@@ -63,18 +63,22 @@ def counted(config: ModelConfig, layout: Layout) -> dict[str, float]:
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_seconds_are_the_bytes_that_a_run_counts(model, name):
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_seconds_are_the_bytes_that_a_run_counts(model, name, precision):
     config, layout = ModelConfig(**SHAPES, **MODELS[model]), LAYOUTS[name]
     if layout.ep * layout.etp > 1 and not config.moe.experts:
         pytest.skip("no experts")
     one = candidate(layout, GLOBAL_BATCH)
     parts, shape = contents(config, one.stages), Shape.of(config)
-    prices = price(shape, SEQ_LEN, one, parts, MACHINE, BARE, terms=True)
+    dtypes = PRECISIONS[precision]
+    constants = BARE.of_numbers(*(DTYPE_BYTES[dtype] for dtype in dtypes))
+    prices = price(shape, SEQ_LEN, one, parts, MACHINE, constants, terms=True)
     m = int(one.micro_batches[0])
     found = {axis: m * prices.terms[axis].sum() for axis in ("tp", "cp", "ep", "zero")}
     found["dp"] = prices.traffic.max() + found.pop("zero")
     found["pp"] = 2 * m * prices.transfer.max() if layout.pp > 1 else 0.0
     found["tp"] += m * prices.terms["recompute"].sum()
-    wanted = counted(config, layout)
+    wanted = counted(config, layout, dtypes)
     for axis, size in found.items():
-        assert size == pytest.approx(wanted.get(axis, 0.0), rel=0.02, abs=1e5), axis
+        # Not priced: the sum over tp of routers', norms' and latents' gradients, once a step.
+        assert size == pytest.approx(wanted.get(axis, 0.0), rel=0.03, abs=1e5), axis

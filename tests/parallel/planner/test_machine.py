@@ -104,9 +104,32 @@ def test_an_uneven_allocation_is_counted_on_by_what_its_supernodes_share():
     assert by_name["supernode"] == 64  # of 768, 640 and 64
 
 
+def test_fewer_ranks_than_are_free_lie_in_as_few_blocks_as_can_be():
+    topology = compose_topology("cloudmatrix384_roce", [])
+    assert set(np.array(positions(topology, 512, nodes=[8, 40])) // 768) == {1}
+    assert positions(topology, 128, nodes=[40, 8]) == tuple(range(768, 768 + 128))  # and leave the larger one whole
+    places = np.array(positions(topology, 1000, nodes=[8, 48, 20]))
+    assert np.array_equal(np.bincount(places // 768), [0, 768, 232])
+    assert positions(topology, 100) == tuple(range(100))
+
+
+def test_a_level_is_no_faster_than_its_plane():
+    topology = compose_topology(
+        "cloudmatrix384_roce", ["topology.unified_bus.injection=20", "topology.roce.injection=5"]
+    )
+    before, after = (priced(t, Constants()) for t in (compose_topology("cloudmatrix384_roce", []), topology))
+    share = np.array(after.bandwidth) / before.bandwidth
+    levels = {level.name: own for level, own in zip(topology.levels, share, strict=True)}
+    bandwidths = {level.name: level.bandwidth for level in topology.levels}
+    assert levels["package"] == 1
+    assert levels["node"] == pytest.approx(20 / bandwidths["node"] * Constants().outer / Constants().inner)
+    assert levels["cluster"] == pytest.approx(5 / bandwidths["cluster"])
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [
+        ({"nodes": [1, -1]}, "plan.nodes[1] -1 must name nodes below the 48 of a supernode"),
         ({"without": ["cabinet"]}, "plan.without 'cabinet' must be LEVEL:NUMBER"),
         ({"without": ["cabinett:3"]}, "is no level of a fixed size of cloudmatrix384; did you mean 'cabinet'?"),
         ({"without": ["cabinet:12"]}, "plan.without cabinet:12 must be below cabinet:12"),
