@@ -31,6 +31,7 @@ from parallel.dispatch import Moves, Routed, even, moves
 from parallel.layout import buckets
 from parallel.memory import Share, is_expert
 from parallel.mesh import Axes, Mesh
+from parallel.topology import Level
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "int32": 4}
 
@@ -85,17 +86,22 @@ class Traffic:
             return
         if collective == "send":
             sent = {group.index(peer): float(payload)}
-        elif sent is None:
-            sent = ALGORITHMS[collective](payload, len(group), group.index(rank))
         key = Key(mesh.label(axes), collective, dtype)
         before, calls_before = self.payload.get(key, (0, 0))
         self.payload[key] = (before + payload, calls_before + calls)
         span = mesh.span(group)
         levels = self.wire.setdefault(key, {})
         levels.setdefault((span.index, span.name), 0.0)
-        for receiver, size in sent.items():
-            level = mesh.level_of(rank, group[receiver])
+        for level, size in self.by_level(mesh, rank, group, collective, payload, sent):
             levels[level.index, level.name] = levels.get((level.index, level.name), 0.0) + size
+
+    def by_level(
+        self, mesh: Mesh, rank: int, group: Sequence[int], collective: str, payload: int, sent: dict[int, float] | None
+    ) -> Iterable[tuple[Level, float]]:  # fmt: skip
+        """Bytes that `rank` sends at levels of the machine: by `ALGORITHMS` where it is not given what it `sent`."""
+        if sent is None:
+            sent = ALGORITHMS[collective](payload, len(group), group.index(rank))
+        return ((mesh.level_of(rank, group[receiver]), size) for receiver, size in sent.items())
 
     def rows(self) -> list[dict[str, str | int]]:
         """The account as `summary.json` holds it, one row for each key and level.
@@ -136,21 +142,22 @@ def maximum(accounts: Iterable[Traffic]) -> Traffic:
 
 def step_traffic(
     mesh: Mesh, rank: int, config: ModelConfig, seq_len: int, global_batch: int, dtype: str,
-    linears: str | None = None, routed: Routed | None = None,
+    linears: str | None = None, routed: Routed | None = None, kind: type[Traffic] = Traffic,
 ) -> Traffic:  # fmt: skip
     """What `rank` hands to primitives in one training step: from shapes alone, what a run counts.
 
     `dtype` is that of weights and gradients; `linears` that of what linears take and give, where it is another
     (bfloat16 on Ascend). Ranks at one place of the pipeline have the same payload, but of what is dispatched to
     experts; their wire depends on the placement. `routed` is what the ranks of this one's group of experts routed
-    where; left out, experts take turns.
+    where; left out, experts take turns. `kind` says which level bytes go over.
     """
-    return _Step(mesh, rank, config, seq_len, global_batch, dtype, linears or dtype, routed).account
+    return _Step(mesh, rank, config, seq_len, global_batch, dtype, linears or dtype, routed, kind()).account
 
 
 def step_rows(
     mesh: Mesh, config: ModelConfig, seq_len: int, global_batch: int, dtype: str, linears: str | None = None,
     routed: Sequence[Mapping[int, np.ndarray]] | None = None, ranks: Iterable[int] | None = None,
+    kind: type[Traffic] = Traffic,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """The rows of `summary.json`: the maximum of `step_traffic` over `ranks`, by default all.
 
@@ -162,7 +169,7 @@ def step_rows(
         if routed is not None:
             group = mesh.group(("ep", "etp"), rank)
             own = {layer: [routed[other][layer] for other in group] for layer in routed[rank]}
-        return step_traffic(mesh, rank, config, seq_len, global_batch, dtype, linears, own)
+        return step_traffic(mesh, rank, config, seq_len, global_batch, dtype, linears, own, kind)
 
     return maximum(map(account, range(mesh.world_size) if ranks is None else ranks)).rows()
 
@@ -183,10 +190,10 @@ class _Step:
 
     def __init__(
         self, mesh: Mesh, rank: int, config: ModelConfig, seq_len: int, global_batch: int, dtype: str, linears: str,
-        routed: Routed | None,
+        routed: Routed | None, account: Traffic,
     ) -> None:  # fmt: skip
         self.mesh, self.rank, self.config, self.layout = mesh, rank, config, mesh.layout
-        self.account, self.dtype, self.linears, self.routed = Traffic(), dtype, linears, routed
+        self.account, self.dtype, self.linears, self.routed = account, dtype, linears, routed
         self.share = Share(config, self.layout, global_batch, mesh.index("pp", rank))
         self.micro_batches = self.share.micro_batches
         self.tokens = self.layout.micro_batch * seq_len // self.layout.cp

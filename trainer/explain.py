@@ -124,7 +124,7 @@ def _compared(plan: Plan, other: Plan | None) -> dict[str, Any]:
         "compared_with": {key: predicted[key] for key in ("layout", "topology", "ranks", "step_s", "fits")},
         "this_is": lost_by(other, plan),
         "difference_s": {name: [own, there] for name, own, there in difference(plan, other)},
-        "difference_wire_bytes": {name: [own, there] for name, own, there in _levels(plan, other)},
+        "difference_sent_bytes": {name: [own, there] for name, own, there in _levels(plan, other)},
     }
 
 

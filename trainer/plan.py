@@ -211,9 +211,9 @@ def details(plan: Plan) -> list[Any]:
     for axis in plan.axes:
         numbers = short(axis["payload_bytes"] / 1e9), short(axis["seconds"])
         axes.add_row(axis["axis"], axis["level"], f"{axis['size']:,}", *numbers)
-    levels = plain_table(["level"], ["wire GB a step and rank"])
+    levels = plain_table(["GB a step and rank sends"], ["as priced", "as a run counts, in rings"])
     for name, size in plan.levels.items():
-        levels.add_row(name, short(size / 1e9))
+        levels.add_row(name, short(size / 1e9), short(plan.counted[name] / 1e9))
     memory = plan.memory()
     held = plain_table(["GiB of pipeline rank"], [*memory[0], "in all"])
     for place in sorted({0, len(memory) // 2, len(memory) - 1}):

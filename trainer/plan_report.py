@@ -106,7 +106,7 @@ def _machine(plan: Plan) -> str:
     busy = [f"{size * 1e9 / rate / plan.estimate.step:.1%}" for size, rate in zip(sent, rates, strict=True)]
     names = [level.name for level in levels]
     wire: dict[str, Counter[str]] = {}
-    for row in plan.traffic:
+    for row in plan.sent:
         wire.setdefault(row["axis"], Counter())[row["level"]] += row["wire_bytes"]
     axes = {axis: sizes for axis, sizes in wire.items() if sizes.total() > 1e9 * sum(sent) / 1000}
     colours = {axis: COLOURS[axis.split(" x ")[0]] for axis in axes}

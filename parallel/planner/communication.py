@@ -8,14 +8,18 @@ mirror and costs the same, an all-reduce is one after the other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
+from parallel.mesh import Mesh
 from parallel.planner.constants import Constants
 from parallel.planner.machine import ANYWHERE, Factors, Machine
 from parallel.planner.shape import Column
+from parallel.topology import Level
+from parallel.traffic import Traffic
 
 
 class Algorithm(NamedTuple):
@@ -55,6 +59,52 @@ INSIDE, BETWEEN = ("mesh", "ring"), ("NHR", "ring", "H-D_R")
 """What may run inside a server (level 0), and between servers or supernodes (levels 1 and 2)."""
 
 
+def server(levels: Sequence[Level]) -> int:
+    """Index of the level of servers."""
+    return next((i for i, level in enumerate(levels) if level.name in ("node", "machine")), 0)
+
+
+def algorithms(levels: Sequence[Level], level: int) -> tuple[str, ...]:
+    """Those that may run at a level, the best first: each moves as little as any other in as few steps."""
+    return INSIDE if level <= server(levels) else BETWEEN
+
+
+def best(levels: Sequence[Level], level: int) -> Algorithm:
+    """The first of them."""
+    return ALGORITHMS[algorithms(levels, level)[0]]
+
+
+class LevelTraffic(Traffic):
+    """The account with reductions and gathers as they are priced here, one algorithm at each level.
+
+    `Traffic` has one ring over all of a group, whatever lies between its ranks.
+    """
+
+    def by_level(
+        self, mesh: Mesh, rank: int, group: Sequence[int], collective: str, payload: int, sent: dict[int, float] | None
+    ) -> Iterable[tuple[Level, float]]:  # fmt: skip
+        """See `Traffic.by_level`."""
+        if collective not in ("all_reduce", "reduce_scatter", "all_gather"):
+            yield from super().by_level(mesh, rank, group, collective, payload, sent)
+            return
+        whole = payload * {"all_reduce": 2, "all_gather": len(group)}.get(collective, 1)
+        levels, before = mesh.topology.levels, 1
+        members = _members(tuple(mesh.placement[other] for other in group), levels)
+        for level, inside in zip(levels, members, strict=True):
+            yield level, best(levels, level.index).volume(inside / before) / before * whole
+            before = inside
+
+
+@lru_cache(maxsize=4096)
+def _members(places: tuple[int, ...], levels: Sequence[Level]) -> list[int]:
+    """Of a group's places, how many every block of a level that has any has at least, evenly: see `Machine.members`."""
+    found = []
+    for level in levels:
+        counts = np.unique(np.array(places) // level.ranks, return_counts=True)[1] if level.ranks else [len(places)]
+        found.append(int(np.gcd.reduce(counts)))
+    return found
+
+
 class Group(NamedTuple):
     """Prices of one group's collectives, numbers or columns."""
 
@@ -75,11 +125,7 @@ class Network:
         k = constants
         numbers = (*machine.bandwidth, *machine.latency, k.call, k.call_rank, k.call_far)
         self.uniform = not any(map(np.ndim, numbers))  # the same for all layouts
-        self.server = next((i for i, level in enumerate(machine.levels) if level.name in ("node", "machine")), 0)
-
-    def algorithms(self, level: int) -> tuple[str, ...]:
-        """Those that may run at a level, the best first: each moves as little as any other in as few steps."""
-        return INSIDE if level <= self.server else BETWEEN
+        self.server = server(machine.levels)
 
     def group(self, factors: Factors) -> Group:
         """Of ranks that lie as `factors` say. Layouts of which many lie alike are priced once."""
@@ -109,7 +155,7 @@ class Network:
         planes: dict[str, Column] = {}
         for level, inside in enumerate(members):
             p = inside / before
-            algorithm = ALGORITHMS[self.algorithms(level)[0]]
+            algorithm = best(machine.levels, level)
             half = half + algorithm.volume(p) / before / machine.bandwidth[level]
             waits = waits + algorithm.steps(p) * machine.latency[level]
             plane = machine.levels[level].plane.name

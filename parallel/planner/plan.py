@@ -12,11 +12,11 @@ import numpy as np
 from models.config import FLOPS_CONVENTION
 from parallel.layout import ORDER
 from parallel.mesh import Mesh
-from parallel.planner.communication import BETWEEN
+from parallel.planner.communication import BETWEEN, LevelTraffic
 from parallel.planner.evaluate import Estimate
 from parallel.planner.problem import CHOSEN, Problem
 from parallel.schedules import Timeline, Times, simulate
-from parallel.traffic import step_rows
+from parallel.traffic import Traffic, step_rows
 
 EXACT_RANKS = 64
 """Worlds of up to as many ranks have their traffic counted rank by rank; larger ones at ranks that lie at edges."""
@@ -71,10 +71,13 @@ class Plan:
 
     @cached_property
     def traffic(self) -> list[dict[str, Any]]:
-        """Rows of payload and wire bytes by axis, collective and level, as `summary.json` has them."""
+        """Rows of payload and wire bytes by axis, collective and level, as `summary.json` counts them."""
+        return self._rows(Traffic)
+
+    def _rows(self, kind: type[Traffic]) -> list[dict[str, Any]]:
         problem = self.problem
         sizes = (problem.model, problem.seq_len, problem.global_batch, *problem.dtypes)
-        return step_rows(self.mesh, *sizes, routed=self.routed, ranks=self._ranks())
+        return step_rows(self.mesh, *sizes, routed=self.routed, ranks=self._ranks(), kind=kind)
 
     def _ranks(self) -> Sequence[int]:
         """Ranks among which every level sees its largest traffic: all, or those at edges of blocks and of groups."""
@@ -117,10 +120,23 @@ class Plan:
         return found
 
     @cached_property
+    def sent(self) -> list[dict[str, Any]]:
+        """The same rows with wire bytes as they are priced: by the algorithms that run at each level."""
+        return self._rows(LevelTraffic)
+
+    @cached_property
     def levels(self) -> dict[str, int]:
-        """Wire bytes that go over each level in a step, of the rank that sends most of each kind."""
+        """Bytes that go over each level in a step as they are priced, of the rank that sends most of each kind."""
+        return self._by_level(self.sent)
+
+    @property
+    def counted(self) -> dict[str, int]:
+        """The same as a run counts them, each collective one ring over its whole group."""
+        return self._by_level(self.traffic)
+
+    def _by_level(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
         found = {level.name: 0 for level in self.mesh.topology.levels}
-        for row in self.traffic:
+        for row in rows:
             found[row["level"]] += row["wire_bytes"]
         return found
 
@@ -168,7 +184,8 @@ class Plan:
             "fits": found.fits,
             "memory_by_stage_gib": self.memory(),
             "axes": self.axes,
-            "wire_bytes_by_level": self.levels,
+            "sent_bytes_by_level": self.levels,
+            "wire_bytes_by_level": self.counted,
             "traffic": self.traffic,
             "hccl_algo": self.algorithms,
             "constants": problem.fit.chosen,
