@@ -171,20 +171,17 @@ def row(fields: dict[str, str]) -> Row:
     fields["hardware"] = fields.get("hardware") or defaults.hardware
     device, topology = _machine(fields)
     widths, layers = _widths(fields)
-    n = _int(fields, "n_devices", 1)
-    tp, pp, cp = (_int(fields, key, 1) for key in ("tp", "pp", "cp"))
-    vpp = _int(fields, "vpp", 1) if pp > 1 else 1
+    n, tp, pp, cp, vpp = (max(1, _int(fields, key, 1)) for key in ("n_devices", "tp", "pp", "cp", "vpp"))
+    vpp = vpp if pp > 1 else 1
     dp = _int(fields, "dp", 0) or max(1, n // (tp * pp * cp))
-    ep = min(_int(fields, "ep", 1), dp * cp * tp) if widths["experts"] else 1
+    ep = min(max(1, _int(fields, "ep", 1)), dp * cp * tp) if widths["experts"] else 1
     stage = dp * cp * tp
     ep = next(e for e in range(ep, 0, -1) if stage % e == 0)
-    total, micro = _int(fields, "global_batch", 0), _int(fields, "micro_batch", 1)
+    total, micro = _int(fields, "global_batch", 0), max(1, _int(fields, "micro_batch", 1))
     total = total or dp * micro
     micro_batches = max(1, round(total / (dp * micro)))
     recompute, share = _recompute(fields.get("recompute", ""), defaults.recompute, sum(layers), pp)
-    zero = fields.get("zero", "").lower()
-    stages = {"": defaults.zero, "none": 0, "parallel_optimizer": 1, "fsdp": 3}
-    zero = stages[zero] if zero in stages else 1 if "zero-1" in zero else int(float(zero))
+    zero = _zero(fields.get("zero", "").lower(), defaults.zero)
     sequence = fields.get("sequence_parallel", "")
     said = fields.get("citation", "")
     sequence = (
@@ -206,6 +203,19 @@ def row(fields: dict[str, str]) -> Row:
         _int(fields, "seq_len", 4096), layers, "interleaved" if vpp > 1 else "1f1b", pp, vpp, columns, share,
         measured, memory, fields.get("outcome") or None, _features(said, n),
     )  # fmt: skip
+
+
+def _zero(said: str, default: int) -> int:
+    """The stage that a column names: by its number, or as what shards weights too."""
+    if not said:
+        return default
+    if "fsdp" in said or "hsdp" in said:
+        return 3
+    named = {"none": 0, "false": 0, "true": 1, "parallel_optimizer": 1}
+    number = re.search(r"zero-?([0-3])", said) or re.fullmatch(r"([0-3])(?:\.0)?", said)
+    if said not in named and not number:
+        raise ValueError(f"zero is {said}, which names no stage")
+    return named[said] if said in named else int(number[1])
 
 
 def _features(said: str, ranks: int) -> frozenset[str]:

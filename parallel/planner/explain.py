@@ -7,13 +7,16 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from models.checks import ConfigError, check
+import numpy as np
+
+from models.checks import ConfigError, check, nearest_divisor
 from parallel.layout import ORDER, Layout
 from parallel.planner import shape
 from parallel.planner.evaluate import Estimate, evaluate
 from parallel.planner.plan import Plan
 from parallel.planner.problem import Problem
 from parallel.planner.search import Result, Search
+from parallel.planner.space import runs
 from parallel.schedules.generate import check_numbers
 from parallel.topology import Topology
 
@@ -135,6 +138,14 @@ def contradiction(problem: Problem) -> str | None:
         alone.check_batch(problem.global_batch)
         if "schedule" in held and "vpp" in held:
             check_numbers(alone.schedule, alone.pp, alone.vpp, 2 * alone.pp)
+        _check_micro_batches(problem, held)
+        group = held.get("zero_group") or 1
+        within = sizes["dp"] * sizes["cp"] if {"dp", "cp"} <= sizes.keys() else problem.ranks
+        over = f"dp x cp, {within:,} ranks" if within < problem.ranks else f"the {within:,} ranks"
+        nearest = nearest_divisor(within, group)
+        check(
+            within % group == 0, f"layout.zero_group {group}", f"must divide {over}", f"set layout.zero_group={nearest}"
+        )
         whole = product == problem.ranks if len(sizes) == len(ORDER) else problem.ranks % product == 0
         rule = f"must {'be' if len(sizes) == len(ORDER) else 'divide'} the {problem.ranks} ranks, but is {product}"
         check(whole, named, rule, "change one of them, or plan.ranks")
@@ -144,6 +155,19 @@ def contradiction(problem: Problem) -> str | None:
     except ConfigError as error:
         return str(error)
     return None
+
+
+def _check_micro_batches(problem: Problem, held: dict[str, Any]) -> None:
+    """Raise `ConfigError` where a schedule that is held cannot run any number of micro-batches that the batch makes."""
+    if not {"schedule", "pp", "micro_batch"} <= held.keys():
+        return
+    pp, schedule, most = held["pp"], held["schedule"], problem.global_batch // held["micro_batch"]
+    counts = np.array([n for n in range(1, most + 1) if most % n == 0 and held.get("dp", most // n) == most // n])
+    needed = "a multiple of pp" if schedule == "interleaved" else f"at least {2 * pp}"
+    made = f"a batch of {problem.global_batch} makes at most {most} of layout.micro_batch={held['micro_batch']}"
+    legal = not len(counts) or bool(runs(schedule, pp, counts).any())
+    named, remedy = f"layout.schedule={schedule} with layout.pp={pp}", "make it smaller, or the batch larger"
+    check(legal, named, f"needs {needed} micro-batches, but {made}", remedy)
 
 
 def smallest(problem: Problem) -> int | None:

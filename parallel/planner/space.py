@@ -189,6 +189,7 @@ class Space:
                 choices += [np.gcd(whole, np.maximum(block // rows["tp"], 1)) for block in self.problem.machine.blocks]
             for index, group in enumerate(choices):
                 legal = (whole > 1) | (zero == 0) | ("zero" in self.problem.fixed)
+                legal = legal & (fixed is None or whole % fixed == 0)
                 legal = legal & (whole % group == 0) & ((index == 0) | (group > 1))
                 for other in choices[:index]:
                     legal = legal & (group != other)

@@ -113,6 +113,11 @@ def test_a_lost_block_leaves_a_plan_for_the_rest():
         (("plan", *MODEL, RANKS, "layout.micro_batch=3"), "train.global_batch 8 must be a multiple of layout.dp 1 x"),
         (("plan", *MODEL, "plan.without=supernode:0"), "leave no place of cloudmatrix384 free; name fewer blocks"),
         (("explain", *MODEL, "layout=auto", "launcher.ranks=4"), "layout.auto is true, so there is no layout"),
+        (("plan", *MODEL, RANKS, "layout.zero_group=3", "layout.dp=4"), "layout.zero_group 3 must divide the 4 ranks"),
+        (
+            ("plan", *MODEL, RANKS, "layout.pp=2", "layout.schedule=interleaved", "layout.micro_batch=8"),
+            "layout.schedule=interleaved with layout.pp=2 needs a multiple of pp micro-batches, but a batch of 8 makes",
+        ),
         (("plan", *MODEL, RANKS, "layout.zero=7"), "layout.zero must be 0 to 3, but is 7"),
         (("plan", *MODEL, RANKS, "layout.recompute=[0]"), "layout.recompute is a list, which the planner does not"),
         (("explain", *MODEL, RANKS, "layout.recompute=bogus"), "layout.recompute"),
@@ -196,6 +201,11 @@ def test_what_if_says_what_it_costs(tmp_path, capsys):
     assert cli.main(words[:-1] + [f"plan.out={tmp_path}"]) == 0
     what = f"this is {abs(share):.1%} {'more' if share > 0 else 'fewer'} tokens/s on 8.3% fewer ranks"
     assert what in capsys.readouterr().out
+
+
+def test_ranks_of_one_node_may_stay_idle_too(capsys):
+    assert cli.main(["plan", *MODEL, "plan.ranks=7", "plan.allow_idle=true", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["plan"]["ranks"] == 4
 
 
 def test_a_machine_whose_ranks_do_not_divide_the_batch_leaves_some_idle(capsys):

@@ -58,6 +58,8 @@ def test_figures_that_a_file_has_nothing_for_are_null(figures):
         {"hardware": "", "framework": ""},
         {"hardware": "H900", "peak_tflops_bf16": "1200", "framework": "another", "source": ""},
         {"tp": "", "pp": "", "global_batch": "", "micro_batch": "", "seq_len": ""},
+        {"tp": "0", "pp": "0", "cp": "0", "micro_batch": "0"},
+        *({"zero": said} for said in ("zero-2", "ZeRO3", "hsdp", "FSDP2", "true", "1.0")),
         {"hidden": "", "heads": "", "params_b": "1.3"},
         {"dp": "3", "global_batch": "7"},
         {"n_devices": "10", "experts": "6", "topk": "2", "ep": "4"},
