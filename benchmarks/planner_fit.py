@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from planner.fitting import LEAST, choice, errors, fit, fit_memory
+from planner.fitting import LEAST, choice, errors, fit, fit_device, fit_memory
 from planner.published import Row, read
 
 from parallel.planner.constants import FOLDER
@@ -56,18 +56,20 @@ def main() -> None:
 def table(rows: list[Row]) -> dict[str, Any]:
     """The content of one device's file."""
     timed = once([row for row in rows if row.measured])
-    pooled = described(timed, MEMORY["default"], thin=True)
+    device = fit_device(thinned(timed), MEMORY["default"])
+    pooled = described(device, timed)
     frameworks = {"pooled": pooled}
     print(f"  pooled: {pooled['error']}", flush=True)
-    start = {name: value for name, value in pooled.items() if isinstance(value, float)}
     for framework in sorted({row.framework for row in timed}):
         base = MEMORY.get(framework, MEMORY["default"])
         held = [row for row in rows if row.framework == framework and (row.memory or row.outcome)]
         base = fit_memory(held, base) if held else base
-        frameworks[framework] = described([row for row in timed if row.framework == framework], base, start)
+        own = [row for row in timed if row.framework == framework]
+        frameworks[framework] = described(fit(own, device, base), own)
         print(f"  {framework}: {frameworks[framework]['error']}", flush=True)
     # HCCL's, 2 x 200 MB a communicator; and of a 910B's 64 GiB 60.3 are for use (FlagPerf).
     ascend = {"buffers": 0.39, "reserve": 3.7} if rows[0].device.startswith("ascend") else {}
+    start = {name: value for name, value in device.items() if isinstance(value, float)}
     frameworks["busway"] = start | MEMORY["busway"] | ascend | {"error": pooled["error"]}
     return {"pooled": "pooled", "frameworks": frameworks, "left_out": left_out(timed)}
 
@@ -86,17 +88,14 @@ def once(rows: list[Row]) -> list[Row]:
     return list({(row.source, row.problem, row.layout, row.measured): row for row in rows}.values())
 
 
-def described(
-    rows: list[Row], base: dict[str, Any], start: dict[str, float] | None = None, thin: bool = False
-) -> dict[str, Any]:
-    """Constants fitted to `rows`, or to some of each source, with the error on all of them."""
-    found = fit(thinned(rows) if thin else rows, start, base)
+def described(found: dict[str, Any], rows: list[Row]) -> dict[str, Any]:
+    """An entry with its error on `rows`."""
     sources = dict(sorted(Counter(row.source for row in rows).items()))
     return found | {"error": errors(rows, choice(found)) | {"sources": sources}}
 
 
 def left_out(rows: list[Row]) -> dict[str, Any]:
-    """Errors on each source with constants from the others: those of its framework, if they have `LEAST`, else pooled.
+    """Errors on each source with constants from the others, those of its framework where it is among them.
 
     Sources of fewer than `LEAST` rows are left out together, by framework.
     """
@@ -108,9 +107,11 @@ def left_out(rows: list[Row]) -> dict[str, Any]:
         others = [row for row, own in zip(rows, names, strict=True) if own != name]
         if not others:
             continue
+        constants = fit_device(thinned(others), MEMORY["default"])
         alike = [row for row in others if row.framework == test[0].framework]
-        used = alike if len(alike) >= LEAST else others
-        found[name] = errors(test, choice(fit(thinned(used), None, MEMORY["default"]))) | {"fitted_to": len(used)}
+        if alike:
+            constants = fit(thinned(alike), constants, MEMORY["default"])
+        found[name] = errors(test, choice(constants)) | {"fitted_to": len(others), "of_its_framework": len(alike)}
         print(f"  without {name}: {found[name]}", flush=True)
     return found
 

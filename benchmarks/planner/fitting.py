@@ -26,6 +26,8 @@ MARGIN = 0.01
 """Of memory's logarithm, by which a device's is to be missed."""
 LEAST = 20
 """Rows that a source counts for at most, where there are others."""
+SCATTER, ROUNDS = 0.5, 4
+"""Of a framework's constants about its device's, in spreads of the priors; how often either is found from the other."""
 
 
 class Prior(NamedTuple):
@@ -117,11 +119,15 @@ def memory_unknowns(rows: list[Row]) -> dict[Name, Prior]:
     return found
 
 
-def unknowns(rows: list[Row], start: Mapping[str, float]) -> dict[Name, Prior]:
-    """What step times of rows can tell, with priors around `start` where it knows better."""
+def unknowns(rows: list[Row], device: Mapping[str, Any] | None = None) -> dict[Name, Prior]:
+    """What step times of rows can tell, with priors about the entry of their device where there is one."""
     known = PRIORS | (EXPERT_PRIORS if any(row.shape["experts"] for row in rows) else {})
     known |= DEVICE_PRIORS.get(rows[0].device, {})
-    found = {("", "", name): prior._replace(mean=start.get(name, prior.mean)) for name, prior in known.items()}
+    if device:
+        known = {
+            name: p._replace(mean=device.get(name, p.mean), spread=SCATTER * p.spread) for name, p in known.items()
+        }
+    found = {("", "", name): prior for name, prior in known.items()}
     for kernel in sorted({row.kernel for row in rows if row.kernel}):
         own = KERNELS.get(kernel, {})
         found |= {
@@ -157,9 +163,36 @@ def choice(table: Mapping[str, Any]) -> Choice:
     return choose
 
 
-def fit(rows: list[Row], start: Mapping[str, float] | None = None, base: Mapping[str, float] | None = None) -> dict:
-    """The entry that fits `rows` best; those of one source count no more than `LEAST` would, where there are others."""
-    return _solved(_Times, rows, unknowns(rows, start or {}), base or {})
+def fit(rows: list[Row], device: Mapping[str, Any], base: Mapping[str, float]) -> dict:
+    """The entry of a framework that fits `rows` best; those of one source count no more than `LEAST` would, where there
+    are others. `device` is the entry of its device."""
+    return _solved(_Times, rows, unknowns(rows, device), base)
+
+
+def fit_device(rows: list[Row], base: Mapping[str, float]) -> dict:
+    """The entry of a device, for frameworks of which nothing is known there.
+
+    Constants of frameworks scatter about their device's, and these about the priors: the likeliest of all together (a
+    hierarchical fit), found in turn. What is peculiar to one framework, of however many runs, is so no trait of the
+    device.
+    """
+    known, found = unknowns(rows), dict(base)
+    for _ in range(ROUNDS):
+        names = sorted({row.framework for row in rows})
+        fits = [fit([row for row in rows if row.framework == name], found, base) for name in names]
+        found = entry(list(known), [_middle(prior, _of(fits, name)) for name, prior in known.items()], base)
+    return found
+
+
+def _of(fits: list[dict], name: Name) -> list[float]:
+    group, member, field = name
+    places = [table.get(group, {}).get(member, {}) if group else table for table in fits]
+    return [place[field] for place in places if field in place]
+
+
+def _middle(prior: Prior, values: list[float]) -> float:
+    """The likeliest mean, of values that scatter about it, and it about the prior."""
+    return float(f"{(prior.mean + sum(values) / SCATTER**2) / (1 + len(values) / SCATTER**2):.4g}")
 
 
 def fit_memory(rows: list[Row], base: Mapping[str, float]) -> dict:
