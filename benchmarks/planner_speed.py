@@ -53,7 +53,7 @@ def ranking(problem: Problem) -> tuple[float, float]:
     begin = time.perf_counter()
     found, segments = cuts(space)
     for pp, rows in found:
-        bounds = coarse_bounds(space, pp, rows, segments).min((0, 1))
+        bounds = coarse_bounds(space, pp, rows, segments)[0].min((0, 1))
         first = np.argsort(bounds)[:FIRST]
         own = {name: column[first] for name, column in rows.items()}
         base, owners = space.fine(pp, own)

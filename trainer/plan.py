@@ -149,7 +149,7 @@ def show(console: Console, answer: Answer, top: int) -> None:
         found = [f"with {share:.2g} x the bandwidth of {plane}" for plane, share in overtaking(plans).items()]
         nowhere = "no bandwidth from 1/16 to 16 x lets the runner-up win"
         console.print(f"the runner-up wins {' or '.join(found)}" if found else nowhere)
-    front = [f"{short(e.step)} s with {e.peak / 2**30:.1f} GiB" for e in result.front]
+    front = [*dict.fromkeys(f"{short(e.step)} s with {e.peak / 2**30:.1f} GiB" for e in result.front)]
     if len(front) > 1:
         console.print(f"no layout found beats these in time and memory: {', '.join(front)}")
     for change in changes:

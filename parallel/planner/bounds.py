@@ -38,12 +38,15 @@ CHUNK = 16384
 """Rows that are bounded together: enough to outweigh a call, few enough for the cache."""
 
 
-def coarse_bounds(space: Space, pp: int, rows: dict[str, np.ndarray], tables: Tables) -> np.ndarray:
-    """[zeros, codes, N] seconds of a step of coarse rows (`cuts`) with each ZeRO stage and recompute of the space,
-    under any schedule; infinite where it does not fit."""
+def coarse_bounds(
+    space: Space, pp: int, rows: dict[str, np.ndarray], tables: Tables
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """Of coarse rows (`cuts`) with each ZeRO stage and recompute of the space, under any schedule, the seconds of a
+    step, infinite where it does not fit, and the bytes of the fullest rank: [zeros, codes, N]."""
     problem = space.problem
     whole = rows["dp"] * rows["cp"]
     found = np.full((len(space.zeros), len(space.codes), len(whole)), np.inf)
+    filled = np.empty(found.shape)
     layers, flying = first_rank(space, pp, rows["micro_batches"])
     for part, bounds in _parts(space, pp, rows, tables):
         recomputed = [bounds.recomputing(index) for index in range(len(space.codes))]
@@ -54,7 +57,8 @@ def coarse_bounds(space: Space, pp: int, rows: dict[str, np.ndarray], tables: Ta
                 held = bounds.total(bounds.held(sharded, each, layers, flying[part]))
                 seconds = pipelines[column] + bounds.behind(sharded, each)
                 found[row, column, part] = np.where(legal & (held <= problem.machine.memory), seconds, np.inf)
-    return found
+                filled[row, column, part] = held
+    return found, filled
 
 
 def least_bytes(space: Space, pp: int, rows: dict[str, np.ndarray], tables: Tables) -> np.ndarray:

@@ -30,8 +30,9 @@ SEEDS = 32
 """Coarse rows of each pp that are refined before all others: what they lead to spares most of the rest."""
 CHUNKS = (512, 8192)
 """Coarse rows that are refined together: at first, and at most; each time four times as many."""
-FRONT = 16
-"""Shares of the memory, of each of which the front has at most one layout."""
+FRONT, REFINED, NOTED = 16, 16, 1
+"""Shares of the memory for which the front is looked for; of each, the coarse rows that are refined for it, and the
+fine ones that are simulated."""
 PLACED, SIMULATED = 128, 16
 """Fine rows that are placed, and layouts that are simulated, together."""
 LEAST = 1024
@@ -49,6 +50,8 @@ class Coarse(NamedTuple):
     """Which table each row is in, and at which number there."""
     numbers: np.ndarray
     seeds: int
+    small: list[tuple[int, np.ndarray]]
+    """By table, numbers of rows that are the fastest of a share of the memory, as far as their bounds tell."""
 
 
 class Fine(NamedTuple):
@@ -111,7 +114,10 @@ class Search:
     _known: dict[int, Estimate] = field(default_factory=dict)
     """The best of each fine row."""
     _number: int = 0
-    _front: dict[int, tuple[float, Candidates, int]] = field(default_factory=dict)
+    _front: dict[int, list[tuple[float, int, Candidates, int]]] = field(default_factory=dict)
+    """share of the memory -> the fine rows that may be fastest there: bound, number, and where they are."""
+    _least: float = 0.0
+    """Bytes that no layout holds less than."""
 
     def run(self) -> Result:
         """Raises nothing: a result without `best` has `nearest`, the layout that misses by least, if any is legal."""
@@ -139,7 +145,7 @@ class Search:
             self.least()
         self.result.best.sort(key=lambda found: (found.step, found.peak))
         if self.keep > 1:
-            self.result.front = self._simulate_front()
+            self.result.front = self._simulate_front(space, coarse)
         self.result.best = self.result.best[: self.keep] if not self.exhaustive else self.result.best
         self.result.seconds = time.perf_counter() - begin
         return self.result
@@ -154,9 +160,13 @@ class Search:
         """Every coarse row that may fit, ascending by bound."""
         tables, bounds, owners, numbers = [], [np.empty(0)], [np.empty(0, int)], [np.empty(0, int)]
         coarse, segments = cuts(space)
+        both: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         for pp, rows in coarse:
             self.result.coarse += len(rows["tp"])
-            found = coarse_bounds(space, pp, rows, segments)
+            found, held = coarse_bounds(space, pp, rows, segments)
+            if self.keep > 1:
+                there = np.flatnonzero(found < np.inf)
+                both.append((found, there, held.reshape(-1)[there]))
             best = found.min((0, 1))
             kept = np.flatnonzero(best < np.inf)
             bounds.append(best[kept])
@@ -167,7 +177,29 @@ class Search:
         ahead = np.concatenate([np.argsort(np.argsort(part, kind="stable")) < SEEDS for part in bounds])[order]
         order = np.concatenate([order[ahead], order[~ahead]])
         columns = (np.concatenate(parts)[order] for parts in (bounds, owners, numbers))
-        return Coarse(segments, tables, *columns, int(ahead.sum()))
+        return Coarse(segments, tables, *columns, int(ahead.sum()), self._small(both))
+
+    def _small(self, bounds: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> list[tuple[int, np.ndarray]]:
+        """By table, the rows that are among the fastest of a share of the memory. `bounds` are, of each table, the
+        seconds, where they are finite, and the bytes there."""
+        self._least = min((held.min() for _, _, held in bounds if len(held)), default=0.0)
+        small: list[tuple[int, float, int, int]] = []
+        for owner, (seconds, there, held) in enumerate(bounds):
+            own, rows, shares = seconds.reshape(-1)[there], there % seconds.shape[-1], self._shares(held)
+            for share in range(FRONT):
+                inside = np.flatnonzero(shares == share)
+                inside = inside[np.argpartition(own[inside], REFINED)[:REFINED]] if len(inside) > REFINED else inside
+                small += [(share, float(own[i]), owner, int(rows[i])) for i in inside]
+        found: dict[int, set[int]] = {}
+        for share in range(FRONT):
+            for _, _, owner, row in sorted(each for each in small if each[0] == share)[:REFINED]:
+                found.setdefault(owner, set()).add(row)
+        return [(owner, np.array(sorted(rows))) for owner, rows in found.items()]
+
+    def _shares(self, held: np.ndarray) -> np.ndarray:
+        """In which part of what is between the least that any layout may hold and the whole memory."""
+        share = (held - self._least) / max(self.problem.machine.memory - self._least, 1.0)
+        return np.clip(share * FRONT, 0, FRONT - 1).astype(np.int8)
 
     def _refine(self, space: Space, coarse: Coarse, chunk: slice) -> None:
         """Time and memory of all fine rows of a chunk, and those that may be among the best into the queue."""
@@ -199,17 +231,27 @@ class Search:
                 heapq.heappush(self._queue, Fine(float(seconds[row]), float(held[row]), self._number, group, row))
 
     def _note_front(self, group: Candidates, seconds: np.ndarray, held: np.ndarray, rows: np.ndarray) -> None:
-        """Of each share of the memory, the row whose bound is least."""
-        shares = np.minimum((held[rows] / self.problem.machine.memory * FRONT).astype(int), FRONT - 1)
+        """Of each share of the memory, the rows whose bounds are least."""
+        shares = self._shares(held[rows])
         for share in np.unique(shares):
             own = rows[shares == share]
-            row = int(own[seconds[own].argmin()])
-            if seconds[row] < self._front.get(share, (np.inf,))[0]:
-                self._front[share] = float(seconds[row]), group, row
+            known = self._front.setdefault(int(share), [])
+            own = own[seconds[own] < (known[-1][0] if len(known) == NOTED else np.inf)]
+            for row in own[np.argsort(seconds[own])[:NOTED]].tolist():
+                self._number += 1
+                known.append((float(seconds[row]), self._number, group, row))
+            known.sort(key=lambda noted: noted[:2])
+            del known[NOTED:]
 
-    def _simulate_front(self) -> list[Estimate]:
+    def _simulate_front(self, space: Space, coarse: Coarse) -> list[Estimate]:
         """Those of the rows noted, and of the best, that no other beats in both time and memory; by memory."""
-        layouts = [self._layout(group, row, self._orders(group, row)[0]) for _, group, row in self._front.values()]
+        for owner, numbers in coarse.small:
+            pp, rows = coarse.tables[owner]
+            own = {name: column[numbers] for name, column in rows.items() if name != "bounds"}
+            base, index = space.fine(pp, own)
+            self._weigh(space, base, coarse.segments.take(own["cut"][index]))
+        noted = [(group, row) for known in self._front.values() for _, _, group, row in known]
+        layouts = [self._layout(*place, self._orders(*place)[0]) for place in noted]
         noted = [found for found in evaluate(self.problem, layouts) if found.fits]
         known = sorted([*self.result.best, *noted], key=lambda e: (e.peak, e.step))
         front: list[Estimate] = []

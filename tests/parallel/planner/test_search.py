@@ -46,7 +46,7 @@ def test_no_layout_beats_the_bounds_of_its_rows(name):
     space, checked = Space(question), 0
     found, segments = cuts(space)
     for pp, rows in found:
-        coarse = coarse_bounds(space, pp, rows, segments)
+        coarse, _ = coarse_bounds(space, pp, rows, segments)
         base, owners = space.fine(pp, rows)
         bounds = Bounds(space, base, segments.take(rows["cut"][owners]))
         sharded = bounds.sharding(base.zero, True)
@@ -200,3 +200,14 @@ def test_a_front_has_no_layout_that_another_beats():
     pairs = np.array([(found.peak, found.step) for found in front])
     assert np.all(np.diff(pairs[:, 0]) > 0)
     assert np.all(np.diff(pairs[:, 1]) < 0)
+
+
+@pytest.mark.parametrize("name", ["dense", "experts", "little memory", "tied"])
+def test_with_less_memory_the_front_has_what_simulating_every_layout_finds(name):
+    """Of each share of the memory in which there is a layout, within 2 % of the fastest that fits into it."""
+    question = QUESTIONS[name]
+    front, every = Search(question, keep=3).run().front, Search(question, keep=1, exhaustive=True).run().best
+    smallest = min(found.peak for found in every)
+    for share in np.linspace(smallest, question.machine.memory, 16)[1:]:
+        (own, least) = (min(e.step for e in found if e.peak <= share) for found in (front, every))
+        assert own <= 1.02 * least, share
