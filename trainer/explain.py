@@ -153,7 +153,7 @@ def _compare(plan: Plan, other: Plan, called: str, console: Console) -> None:
     for level, *sizes in _levels(plan, other):
         own, there = (size / 1e9 for size in sizes)
         if own != there:
-            table.add_row(f"wire over {level}, GB a rank", f"{own:,.4g}", f"{there:,.4g}", f"{own - there:+,.4g}")
+            table.add_row(f"sent over {level}, GB a rank", f"{own:,.4g}", f"{there:,.4g}", f"{own - there:+,.4g}")
     own, there = (p.estimate.peak / 2**30 for p in (plan, other))
     table.add_row("memory of the fullest rank, GiB", f"{own:.1f}", f"{there:.1f}", f"{own - there:+.1f}")
     console.print(table)

@@ -141,7 +141,7 @@ def test_explain_compares_a_layout_with_the_best(capsys):
     out = capsys.readouterr().out
     assert "pp 1 x dp 1 x cp 1 x tp 4 = 4 ranks on cloudmatrix384" in out
     assert "this one is " in out and " slower: " in out
-    assert "recompute, s " in out and "wire over package, GB a rank " in out
+    assert "recompute, s " in out and "sent over package, GB a rank " in out
 
 
 def test_explain_plans_the_rest_of_a_layout_that_leaves_the_number_of_ranks_open(capsys):
