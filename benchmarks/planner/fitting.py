@@ -76,7 +76,7 @@ KERNEL_PRIORS = {
     "passes": Prior(1.2, 0.7, 0.2, 6.0),
 }
 DEVICE_PRIORS = {
-    "ascend910c": {  # a3_microbench.csv: matmuls as flops + bytes + 6 us; HCCL in production; causal attention
+    "ascend910c": {  # a3_microbench.csv: matmuls as flops + bytes; HCCL in production; causal attention
         "matmul": Prior(0.97, 0.02, 0.3, 1.0),
         "memory": Prior(0.87, 0.02, 0.4, 1.0),
         "attention": Prior(0.36, 0.03, 0.05, 1.0),

@@ -47,6 +47,15 @@ class Passes:
     """Of the forward, attention's core, which `selective` recompute runs again."""
 
 
+def matmul_seconds(
+    machine: Machine, constants: Constants, rows: Column, into: Column, out: Column, share: float | Column = 1.0
+) -> Column:
+    """[rows, into] times [into, out]; `share` of the reachable rate."""
+    flops = 2 * rows * into * out / (machine.flops * constants.matmul * share)
+    moved = constants.item_bytes * (rows * into + into * out + rows * out)
+    return flops + moved / (machine.memory_bandwidth * constants.memory)
+
+
 class Compute:
     """Prices the passes of every kind of a model's segments under columns of layouts."""
 
@@ -64,10 +73,7 @@ class Compute:
 
     def matmul(self, rows: Column, into: Column, out: Column, share: float | Column = 1.0) -> Column:
         """[rows, into] times [into, out]; `share` of the reachable rate."""
-        constants, item = self.constants, self.constants.item_bytes
-        flops = 2 * rows * into * out / (self.machine.flops * constants.matmul * share)
-        moved = item * (rows * into + into * out + rows * out)
-        return flops + moved / (self.machine.memory_bandwidth * constants.memory)
+        return matmul_seconds(self.machine, self.constants, rows, into, out, share)
 
     def memory_pass(self, elements: Column) -> Column:
         """Reading and writing `elements` numbers."""
