@@ -50,12 +50,14 @@ def coarse_bounds(
     layers, flying = first_rank(space, pp, rows["micro_batches"])
     for part, bounds in _parts(space, pp, rows, tables):
         recomputed = [bounds.recomputing(index) for index in range(len(space.codes))]
-        pipelines = [bounds.pipeline(each) for each in recomputed]
+        saved = [bounds.saved(each, flying[part]) for each in recomputed]
+        passes = [(bounds.pipeline(each), bounds.share @ each.backward) for each in recomputed]
         for row, zero in enumerate(space.zeros):
             legal, sharded = (whole[part] > 1) | (zero == 0) | ("zero" in problem.fixed), bounds.sharding(zero, False)
-            for column, each in enumerate(recomputed):
-                held = bounds.total(bounds.held(sharded, each, layers, flying[part]))
-                seconds = pipelines[column] + bounds.behind(sharded, each)
+            kept = bounds.kept(sharded, layers)
+            for column, (pipeline, backward) in enumerate(passes):
+                held = bounds.total(bounds.held(kept, saved[column]))
+                seconds = pipeline + bounds.behind(sharded, backward)
                 found[row, column, part] = np.where(legal & (held <= problem.machine.memory), seconds, np.inf)
                 filled[row, column, part] = held
     return found, filled
@@ -68,7 +70,7 @@ def least_bytes(space: Space, pp: int, rows: dict[str, np.ndarray], tables: Tabl
     layers, flying = first_rank(space, pp, rows["micro_batches"])
     for part, bounds in _parts(space, pp, rows, tables):
         sharded, recomputed = bounds.sharding(space.zeros[-1], False), bounds.recomputing(len(space.codes) - 1)
-        found[part] = bounds.total(bounds.held(sharded, recomputed, layers, flying[part]))
+        found[part] = bounds.total(bounds.held(bounds.kept(sharded, layers), bounds.saved(recomputed, flying[part])))
     return found
 
 
@@ -205,21 +207,30 @@ class Bounds:
         times = forward, backward, self.tables.weight
         return slowest(self.problem.load(name, self.c.pp, vpp), split, self.c.micro_batches, *times) * (1 - 1e-12)
 
-    def behind(self, sharded: Sharded, recomputed: Recomputed) -> np.ndarray:
-        """[N] seconds behind the pipeline: gradients that nothing hides, and the optimizer."""
+    def behind(self, sharded: Sharded, backward: np.ndarray) -> np.ndarray:
+        """[N] seconds behind the pipeline: gradients that a `backward` of so many seconds does not hide, and the
+        optimizer."""
         gradients = sharded.gradients
-        exposed = np.maximum(gradients - self.share @ recomputed.backward, gradients * (1 - self.k.hide_dp))
+        exposed = np.maximum(gradients - backward, gradients * (1 - self.k.hide_dp))
         return exposed + sharded.update
 
-    def held(self, sharded: Sharded, recomputed: Recomputed, layers: float, flying: np.ndarray) -> np.ndarray:
-        """[N] bytes of the fullest rank under any schedule; the first has so many `layers`, and so many of them times
-        micro-batches in flight."""
-        mean = self.stored @ sharded.state + self.share @ recomputed.left + recomputed.coming
-        first = layers * _least(sharded.state, self.used) + flying * _least(recomputed.left, self.used)
-        found = np.maximum(mean, first)
+    def kept(self, sharded: Sharded, layers: float) -> tuple[np.ndarray, np.ndarray]:
+        """[N] bytes of weights, gradients and moments of ranks on average, and of the first, with so many layers."""
+        mean, first = self.stored @ sharded.state, layers * _least(sharded.state, self.used)
         if self.c.pp == 1:
-            found = found + self.sizes[self.counts > 0].max(0) * sharded.gathered
-        return found
+            gathered = self.sizes[self.counts > 0].max(0) * sharded.gathered
+            return mean + gathered, first + gathered
+        return mean, first
+
+    def saved(self, recomputed: Recomputed, flying: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """[N] bytes that passes leave on ranks on average with one micro-batch in flight, and on the first with so many
+        layers times micro-batches in `flying`."""
+        return self.share @ recomputed.left + recomputed.coming, flying * _least(recomputed.left, self.used)
+
+    @staticmethod
+    def held(kept: tuple[np.ndarray, np.ndarray], saved: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+        """[N] bytes of the fullest rank under any schedule."""
+        return np.maximum(kept[0] + saved[0], kept[1] + saved[1])
 
     def scheduled(
         self, name: str, vpp: int, sharded: Sharded, recomputed: Recomputed
@@ -248,7 +259,9 @@ class Bounds:
         if fits.any():
             forward, backward = sharded.walks
             times = self.tables.forward + forward, recomputed.backward + backward
-            found = self._slowest(name, vpp, name in SPLIT, *times) + self.behind(sharded, recomputed)
+            found = self._slowest(name, vpp, name in SPLIT, *times) + self.behind(
+                sharded, self.share @ recomputed.backward
+            )
             seconds[fits] = found[fits]
         return seconds, total
 
