@@ -29,13 +29,14 @@ def main() -> None:
     """Price, compare and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", type=Path)
+    given = parser.parse_args()
     known = constants("ascend910c", "busway").constants
     node = machine(compose_topology("cloudmatrix384", []), known)
     network = Network(node, known)
     missed: dict[str, list[float]] = {"matmul": [], "collective": []}
     left_out = 0
     print(f"{'operator':32}{'measured, us':>14}{'priced, us':>12}{'off':>9}")
-    with parser.parse_args().file.open(newline="") as stream:
+    with given.file.open(newline="") as stream:
         for row in csv.DictReader(stream):
             seconds = priced(row, node, network)
             if seconds is None:
@@ -57,7 +58,7 @@ def priced(row: dict[str, str], node: Machine, network: Network) -> float | None
     if row["kind"] == "matmul":
         rows, into, out = map(int, row["shape_or_msg"].split("x"))
         return float(matmul_seconds(node, network.constants, rows, into, out))
-    if row["kind"] == "collective":
+    if row["kind"] == "collective" and row["op"] in PARTS:
         dies, size = int(row["n_dies"]), int(row["shape_or_msg"])
         whole = size if row["op"] == "allReduce" else size * dies
         return float(PARTS[row["op"]] * network.half(whole, network.group([(dies, 1)])))

@@ -32,7 +32,8 @@ def positions(
             spared = max((stop for _, stop in lost), default=0)
             given = ranks is not None
             check(given, f"topology {topology.name}", "holds any number of ranks", "set plan.ranks")
-            total = spared + ranks
+            block = max(level.ranks or 1 for level in topology.levels)
+            total = -(-(spared + ranks) // block) * block
         free = list(range(total))
     left = [place for place in free if not any(start <= place < stop for start, stop in lost)]
     check(bool(left), "plan.without and plan.nodes", f"leave no place of {topology.name} free", "name fewer blocks")

@@ -211,7 +211,7 @@ def details(plan: Plan) -> list[Any]:
     for axis in plan.axes:
         numbers = short(axis["payload_bytes"] / 1e9), short(axis["seconds"])
         axes.add_row(axis["axis"], axis["level"], f"{axis['size']:,}", *numbers)
-    levels = plain_table(["GB a step and rank sends"], ["as priced", "as a run counts, in rings"])
+    levels = plain_table(["GB that a rank sends in a step"], ["as priced", "as a run counts, in rings"])
     for name, size in plan.levels.items():
         levels.add_row(name, short(size / 1e9), short(plan.counted[name] / 1e9))
     memory = plan.memory()
@@ -232,9 +232,10 @@ def room(plan: Plan) -> list[str]:
         return []
     rows, moe = room_rows(problem.model, layout, problem.seq_len), problem.model.moe
     times = layout.ep * min(moe.top_k, moe.experts // layout.ep) / moe.top_k
+    size = rows * problem.model.hidden * 2 / 2**30
     return [
-        f"memory counts an even share of experts' rows; static shapes on Ascend have room for {times:.3g} times as "
-        f"many: {rows * problem.model.hidden * 2 / 2**30:.1f} GiB for each buffer of rows in bf16"
+        f"memory counts experts' rows at {problem.constants.imbalance:g} x the even share; static shapes on Ascend "
+        f"have room for {times:.3g} x it, {size:.1f} GiB for each buffer of rows in bf16"
     ]
 
 
@@ -259,7 +260,9 @@ def constants(plan: Plan) -> str:
     if "median_abs_err" not in fit.error:
         return f"{fit.chosen}, which are not fitted"
     rows, error = fit.error["rows"], fit.error["median_abs_err"]
-    return f"{fit.chosen}, which miss {rows:,} measured {'run' if rows == 1 else 'runs'} by {error:.1%} in the median"
+    runs = f"{rows:,} measured {'run' if rows == 1 else 'runs'}"
+    other = "" if plan.problem.peak == "bfloat16" else f", none of them in {plan.problem.peak}"
+    return f"{fit.chosen}, which miss {runs} by {error:.1%} in the median{other}"
 
 
 def overtaking(plans: list[Plan]) -> dict[str, float]:

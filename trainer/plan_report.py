@@ -117,8 +117,8 @@ def _machine(plan: Plan) -> str:
     ]  # fmt: skip
     figure = chart(
         "chart-machine", [*traces, words(sent, names, [f" {part}" for part in busy], textposition="middle right")],
-        70 + 48 * len(levels), "Bytes on the wire by level of the machine and axis",
-        xaxis={"title": "GB on the wire, a step and rank", "range": [0, 1.25 * max(*sent, 1e-3)]},
+        70 + 48 * len(levels), "Bytes sent by level of the machine and axis",
+        xaxis={"title": "GB that a rank sends in a step", "range": [0, 1.25 * max(*sent, 1e-3)]},
         yaxis={"type": "category", "ticksuffix": " "},
     )  # fmt: skip
     rows = [
@@ -126,7 +126,7 @@ def _machine(plan: Plan) -> str:
          "–" if level.latency is None else f"{level.latency:g}", decimal(plan.levels[level.name]), part)
         for level, part in reversed([*zip(levels, busy, strict=True)])
     ]  # fmt: skip
-    head = ("level", f"{plan.problem.topology.rank.name}s", "plane", "GB/s", "µs", "wire", "busy")
+    head = ("level", f"{plan.problem.topology.rank.name}s", "plane", "GB/s", "µs", "sent", "busy")
     lead = (
         "Of the rank that sends most over each level, by the algorithms that are priced; the figure is the share of "
         "the step for which this keeps its link busy at the bandwidth that prices count on, hidden or not."
@@ -299,7 +299,7 @@ def _search(plan: Plan, result: Result) -> str:
     ]  # fmt: skip
     error = table((), [(name.replace("_", " "), _said(name, value)) for name, value in fit.error.items()])
     known = f", and how well they fit:</p>{error}" if fit.error else ": not fitted, so their error is not known.</p>"
-    constants = [(name, f"{value:g}") for name, value in asdict(fit.constants).items()]
+    constants = [(name, f"{value:g}") for name, value in asdict(plan.problem.constants).items()]
     body = f"{table((), counts, (1,))}<p>Constants <code>{escape(fit.chosen)}</code>{known}"
     body += f"<details><summary>{len(constants)} constants</summary>{table((), constants, (1,))}</details>"
     return section("Search and constants", "", body)

@@ -96,7 +96,7 @@ def _fewer(problem: Problem) -> list[Problem]:
     """The same on fewer ranks, at least half of them: by whole nodes, or by ranks of one."""
     node = next((level.ranks for level in problem.topology.levels if level.name == "node"), None) or 1
     node = node if problem.ranks > node else 1
-    counts = range((problem.ranks - 1) // node * node, problem.ranks // 2, -node)
+    counts = range((problem.ranks - 1) // node * node, (problem.ranks + 1) // 2 - 1, -node)
     places = (together(problem.positions, count, problem.topology) for count in counts)
     return [dataclasses.replace(problem, positions=own) for own in places]
 

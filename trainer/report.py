@@ -16,6 +16,7 @@ from rich.console import Console
 from models.checks import ConfigError, check
 from parallel.mesh import Mesh
 from parallel.planner import Plan, evaluate
+from parallel.planner.explain import scaled
 from parallel.traffic import step_rows
 from trainer import machine, metrics, precision
 from trainer.callbacks.console import plain_table, terminal
@@ -79,13 +80,14 @@ class Measured:
         return machine.needed_memory_gib(recipe.model, recipe.parallel_layout, *sizes)
 
     def stored(self) -> Mapping[str, Any] | None:
-        """The prediction that came with the recipe, if it is still of this layout, topology and batch."""
+        """The prediction that came with the recipe, if it is still of this layout, topology, precision and batch."""
         found, keys = self.recipe.plan.prediction, asdict(self.recipe.parallel_layout)
         if not found:
             return None
         layout = {key: tuple(value) if isinstance(value, list) else value for key, value in found["layout"].items()}
         alike = all(keys[key] == value for key, value in layout.items() if key != "stages" or keys["pp"] > 1)
         alike &= (found["topology"], found["ranks"]) == (self.recipe.machine.name, self.summary["world_size"])
+        alike &= found["dtypes"] == list(dtypes_of(self.recipe, self.device))
         tokens = self.recipe.train.global_batch * self.recipe.data.seq_len
         return found if alike and round(found["tokens_per_s"] * found["step_s"]) == tokens else None
 
@@ -223,13 +225,12 @@ def refitted(measured: Measured) -> str:
     known, (low, high) = plan.problem.topology, FACTORS
 
     def step(share: float) -> float:  # constants are shares of the machine's rates, so that scaling these is the same
+        machine = scaled(known, bandwidth=share)
         rank = replace(
             known.rank, memory_bandwidth=known.rank.memory_bandwidth * share,
             peak_tflops={dtype: peak * share for dtype, peak in known.rank.peak_tflops.items()},
         )  # fmt: skip
-        levels = tuple(replace(level, bandwidth=level.bandwidth * share) for level in known.levels)
-        scaled = replace(plan.problem, topology=replace(known, rank=rank, levels=levels))
-        return evaluate(scaled, [plan.estimate.layout])[0].step
+        return evaluate(replace(plan.problem, topology=replace(machine, rank=rank)), [plan.estimate.layout])[0].step
 
     if not step(high) < step_s < step(low):
         raise InputError(
@@ -239,7 +240,7 @@ def refitted(measured: Measured) -> str:
     while high / low > 1 + 1e-9:
         middle = (low * high) ** 0.5
         low, high = (middle, high) if step(middle) > step_s else (low, middle)
-    found = asdict(plan.problem.constants)
+    found = asdict(plan.problem.fit.constants)
     found |= {name: float(f"{found[name] * low:.6g}") for name in SPEEDS}
     error = {"rows": 1, "median_abs_err": 0.0, "of": str(measured.run), "from": plan.problem.fit.chosen}
     table = {"pooled": "busway", "frameworks": {"busway": found | {"error": error}}}

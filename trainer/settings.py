@@ -211,7 +211,7 @@ class PlanSettings:
     allow_idle: bool = False
     """Fewer ranks may be used where that is faster."""
     imbalance: float | None = None
-    """Rows of the busiest rank's experts over the mean; left out, what the constants say."""
+    """Rows of the busiest rank's experts over the mean, in time and memory; left out, what the constants say."""
     overlap: OverlapSettings = field(default_factory=OverlapSettings)
     """Traffic that is hidden; see its own keys."""
     out: str = "plans"

@@ -75,10 +75,10 @@ class Compute:
         """[rows, into] times [into, out]; `share` of the reachable rate."""
         return matmul_seconds(self.machine, self.constants, rows, into, out, share)
 
-    def memory_pass(self, elements: Column) -> Column:
-        """Reading and writing `elements` numbers."""
+    def memory_pass(self, elements: Column, item: Column | None = None) -> Column:
+        """Reading and writing `elements` numbers, of `item` bytes where they are not what linears take."""
         constants = self.constants
-        moved = elements * constants.item_bytes * constants.passes
+        moved = elements * (constants.item_bytes if item is None else item) * constants.passes
         return moved / (self.machine.memory_bandwidth * constants.memory)
 
     def linear(self, passes: Passes, rows: Column, into: Column, out: Column, share: float | Column = 1.0) -> None:
@@ -99,7 +99,8 @@ class Compute:
             gates = self.memory_pass(self.tokens * (self.shape.gates + 1) * self.shape.ffn / self.candidates.tp)
             passes.forward.add("passes", gates)
             passes.input.add("passes", 2 * gates)
-        norms = self.memory_pass(self.stream * self.shape.hidden * (10 + 4 * np.asarray(self.shape.sandwich)))
+        passed = self.stream * self.shape.hidden * (10 + 4 * np.asarray(self.shape.sandwich))
+        norms = self.memory_pass(passed, self.constants.stream_bytes)
         passes.forward.add("passes", norms)
         passes.input.add("passes", 1.5 * norms)
         for each, share in ((passes.forward, 1.0), (passes.input, 1.0), (passes.weight, 0.5)):
@@ -223,7 +224,7 @@ class Compute:
     def embedding(self) -> Passes:
         """Rows looked up, and summed over tp."""
         passes, k = Passes(), self.constants
-        rows = self.memory_pass(self.tokens * 2 * self.shape.hidden)
+        rows = self.memory_pass(self.tokens * 2 * self.shape.hidden, k.stream_bytes)
         size = k.stream_bytes * self.tokens * self.shape.hidden
         passes.forward.add("passes", rows)
         passes.weight.add("passes", 2 * rows)
@@ -235,7 +236,7 @@ class Compute:
         passes, s, c, k = Passes(), self.shape, self.candidates, self.constants
         heads = 1 + np.asarray(s.further)
         self.linear(passes, self.tokens * heads, s.hidden, s.vocab / c.tp)
-        moved = 4 * self.tokens * heads * 2 * s.vocab / c.tp * k.logit_passes
+        moved = np.maximum(4, k.stream_bytes) * self.tokens * heads * 2 * s.vocab / c.tp * k.logit_passes
         logits = moved / (self.machine.memory_bandwidth * k.memory)
         passes.forward.add("passes", logits)
         passes.input.add("passes", logits)

@@ -162,12 +162,15 @@ def _check_micro_batches(problem: Problem, held: dict[str, Any]) -> None:
     if not {"schedule", "pp", "micro_batch"} <= held.keys():
         return
     pp, schedule, most = held["pp"], held["schedule"], problem.global_batch // held["micro_batch"]
-    counts = np.array([n for n in range(1, most + 1) if most % n == 0 and held.get("dp", most // n) == most // n])
+    cut = f"layout.micro_batch={held['micro_batch']}" + (f" layout.dp={held['dp']}" if "dp" in held else "")
+    if "dp" in held:
+        most //= held["dp"]
+    counts = np.array([n for n in range(1, most + 1) if most % n == 0 and ("dp" not in held or n == most)])
     needed = "a multiple of pp" if schedule == "interleaved" else f"at least {2 * pp}"
-    made = f"a batch of {problem.global_batch} makes at most {most} of layout.micro_batch={held['micro_batch']}"
+    made = f"a batch of {problem.global_batch} makes at most {most} with {cut}"
     legal = not len(counts) or bool(runs(schedule, pp, counts).any())
-    named, remedy = f"layout.schedule={schedule} with layout.pp={pp}", "make it smaller, or the batch larger"
-    check(legal, named, f"needs {needed} micro-batches, but {made}", remedy)
+    remedy = "make layout.micro_batch smaller, or train.global_batch larger"
+    check(legal, f"layout.schedule={schedule} with layout.pp={pp}", f"needs {needed} micro-batches, but {made}", remedy)
 
 
 def smallest(problem: Problem) -> int | None:
@@ -206,17 +209,25 @@ class Sensitivity:
 
 
 def scaled(topology: Topology, plane: str | None = None, bandwidth: float = 1.0, memory: float = 1.0) -> Topology:
-    """`topology` with the bandwidth of one plane and the memory of ranks multiplied."""
+    """`topology` with the bandwidth and injection of one plane (None: of all), and the memory of ranks multiplied."""
 
     def times(value: float | None, factor: float) -> float | None:
         return None if value is None else value * factor
 
+    planes = {
+        own.name: replace(own, injection=times(own.injection, bandwidth)) if plane in (None, own.name) else own
+        for own in topology.planes
+    }
     levels = tuple(
-        replace(level, bandwidth=times(level.bandwidth, bandwidth)) if level.plane.name == plane else level
+        replace(
+            level,
+            plane=planes[level.plane.name],
+            bandwidth=times(level.bandwidth, bandwidth) if plane in (None, level.plane.name) else level.bandwidth,
+        )
         for level in topology.levels
     )
     rank = replace(topology.rank, memory_gib=times(topology.rank.memory_gib, memory))
-    return replace(topology, levels=levels, rank=rank)
+    return replace(topology, planes=tuple(planes.values()), levels=levels, rank=rank)
 
 
 def changes(problem: Problem) -> Iterator[tuple[str, Problem]]:

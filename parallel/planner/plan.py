@@ -147,8 +147,8 @@ class Plan:
             return None
         names = [level.name for level in self.problem.machine.levels]
         outside = any(name in ("supernode",) for name in names)
-        level1 = f"level0:NA;level1:{BETWEEN[0]}"
-        return f"{level1};level2:{BETWEEN[0]}" if outside and names[-1] != "supernode" else level1
+        level1 = f"level0:NA;level1:{BETWEEN}"
+        return f"{level1};level2:{BETWEEN}" if outside and names[-1] != "supernode" else level1
 
     def memory(self) -> list[dict[str, float]]:
         """GiB by what holds them, of every pipeline rank."""
@@ -169,6 +169,7 @@ class Plan:
         found, problem = self.estimate, self.problem
         return {
             "layout": self.layout_keys(),
+            "dtypes": list(problem.dtypes),
             "topology": problem.topology.name,
             "ranks": problem.ranks,
             "step_s": found.step,

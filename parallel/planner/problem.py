@@ -58,17 +58,17 @@ class Problem:
 
     @cached_property
     def fit(self) -> Fit:
-        """The constants, and how well they fit."""
+        """The constants of mixed precision, and how well they fit."""
         found = constants(self.topology.rank.device, "busway")
         changed = {f"hide_{kind}": float(share) for kind, share in self.hide.items()}
         if self.imbalance is not None:
             changed["imbalance"] = self.imbalance
-        numbers = found.constants.of_numbers(*(DTYPE_BYTES[dtype] for dtype in self.dtypes))
-        return replace(found, constants=replace(numbers, **changed))
+        return replace(found, constants=replace(found.constants, **changed))
 
-    @property
+    @cached_property
     def constants(self) -> Constants:
-        return self.fit.constants
+        """Those of the question's own precision."""
+        return self.fit.constants.of_numbers(*(DTYPE_BYTES[dtype] for dtype in self.dtypes))
 
     @cached_property
     def machine(self) -> Machine:

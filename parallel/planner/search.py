@@ -245,11 +245,13 @@ class Search:
 
     def _simulate_front(self, space: Space, coarse: Coarse) -> list[Estimate]:
         """Those of the rows noted, and of the best, that no other beats in both time and memory; by memory."""
+        counted = self.result.ranked, self.result.fitting  # most of these rows have been
         for owner, numbers in coarse.small:
             pp, rows = coarse.tables[owner]
             own = {name: column[numbers] for name, column in rows.items() if name != "bounds"}
             base, index = space.fine(pp, own)
             self._weigh(space, base, coarse.segments.take(own["cut"][index]))
+        self.result.ranked, self.result.fitting = counted
         noted = [(group, row) for known in self._front.values() for _, _, group, row in known]
         layouts = [self._layout(*place, self._orders(*place)[0]) for place in noted]
         noted = [found for found in evaluate(self.problem, layouts) if found.fits]

@@ -34,7 +34,7 @@ def fast(tmp_path):
     source = {
         "name": "fast",
         "rank": rank | {"peak_tflops": {"bfloat16": 0.1, "float32": 0.1}},
-        "planes": {"memory": {"injection": None}},
+        "planes": {"memory": {"injection": 5}},
         "levels": [{"name": "machine", "members": 2, "bandwidth": 5, "latency": 2, "plane": "memory"}],
     }
     (tmp_path / "fast.yaml").write_text(yaml.safe_dump(source))
@@ -108,7 +108,7 @@ def test_without_a_stored_prediction_the_planner_says_what_explain_says(finished
 def test_a_prediction_that_came_with_the_recipe_counts_unless_the_layout_is_another(
     finished, report, fast, small_recipe
 ):
-    recipe, expected = planned(small_recipe, fast)
+    recipe, expected = planned(small_recipe, fast, "train.precision=fp32")
     recipe.plan.prediction["step_s"] *= 2  # as of other constants
     recipe.plan.prediction["tokens_per_s"] /= 2
     run = finished(recipe=recipe)
@@ -126,7 +126,10 @@ def test_a_refit_predicts_the_run_it_is_made_from(finished, fast, tmp_path, caps
     capsys.readouterr()
     words = (f"topology.rank.device={file}", "train.precision=fp32")  # that of a run on CPU
     assert cli.main(["explain", str(run / "recipe.yaml"), *words, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["step_s"] == pytest.approx(STEP_S, rel=1e-4)
+    found = json.loads(capsys.readouterr().out)
+    assert found["step_s"] == pytest.approx(STEP_S, rel=1e-4)
+    assert cli.main(["explain", str(run / "recipe.yaml"), "train.precision=fp32", "--json"]) == 0
+    assert found["memory_gib"] == pytest.approx(json.loads(capsys.readouterr().out)["memory_gib"], rel=1e-3)
 
 
 def test_experts_are_counted_on_the_routing_of_the_first_step_since_the_start(finished, report):

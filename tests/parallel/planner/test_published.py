@@ -59,7 +59,6 @@ def test_figures_that_a_file_has_nothing_for_are_null(figures):
         {"hardware": "H900", "peak_tflops_bf16": "1200", "framework": "another", "source": ""},
         {"tp": "", "pp": "", "global_batch": "", "micro_batch": "", "seq_len": ""},
         {"tp": "0", "pp": "0", "cp": "0", "micro_batch": "0"},
-        *({"zero": said} for said in ("zero-2", "ZeRO3", "hsdp", "FSDP2", "true", "1.0")),
         {"hidden": "", "heads": "", "params_b": "1.3"},
         {"dp": "3", "global_batch": "7"},
         {"n_devices": "10", "experts": "6", "topk": "2", "ep": "4"},
@@ -70,6 +69,16 @@ def test_figures_that_a_file_has_nothing_for_are_null(figures):
 def test_a_blank_or_unknown_field_is_no_reason_to_refuse(figures, change):
     found = figures(RUN | change)
     assert found["refused"] == 0 and found["median_abs_err"] > 0
+
+
+@pytest.mark.parametrize(
+    ("said", "stage"),
+    [("zero-2", 2), ("ZeRO3", 3), ("hsdp", 3), ("FSDP2", 3), ("true", 1), ("1.0", 1), ("none", 0), ("zero-1 + SP", 1)],
+)
+def test_a_zero_stage_is_read_from_how_it_is_called(benchmarks, said, stage):
+    from planner.published import row
+
+    assert row(RUN | {"dp": "2", "zero": said, "citation": ""}).columns["zero"] == stage
 
 
 def test_a_run_without_layers_is_refused_and_counts_as_wrong(figures):

@@ -46,7 +46,7 @@ def test_no_layout_beats_the_bounds_of_its_rows(name):
     space, checked = Space(question), 0
     found, segments = cuts(space)
     for pp, rows in found:
-        coarse, _ = coarse_bounds(space, pp, rows, segments)
+        coarse, filled = coarse_bounds(space, pp, rows, segments)
         base, owners = space.fine(pp, rows)
         bounds = Bounds(space, base, segments.take(rows["cut"][owners]))
         sharded = bounds.sharding(base.zero, True)
@@ -59,6 +59,8 @@ def test_no_layout_beats_the_bounds_of_its_rows(name):
                 zero = space.zeros.index(layout.zero if layout.dp * layout.cp > 1 else 0)
                 least = coarse[zero, space.codes.index(group.recompute[row]), owners[own]]
                 assert estimate.peak >= held[own] * (1 - 1e-12)
+                code = space.codes.index(group.recompute[row])
+                assert estimate.peak >= filled[zero, code, owners[own]] * (1 - 1e-12)
                 assert estimate.step >= estimate.bound * (1 - 1e-12)
                 assert estimate.step >= estimate.prices.rough[0] * (1 - 1e-12)
                 assert not estimate.fits or least <= estimate.step * (1 + 1e-12)
@@ -177,6 +179,15 @@ def test_more_of_anything_is_never_worse():
     gains = {change.change: change.gain for change in sensitivity(question, best)}
     assert len(gains) == 4
     assert all(gain >= -1e-12 for gain in gains.values())
+
+
+@pytest.mark.parametrize("plane", ["bus", "roce"])
+def test_more_bandwidth_helps_who_waits_for_it_up_to_the_planes_injection(plane):
+    question = problem(dense(layers=2), ranks=4, topology=machine(4 if plane == "bus" else 1), tp=4, pp=1)
+    assert question.topology.planes[1].injection == question.topology.levels[1].bandwidth
+    best = Plan(question, Search(question, keep=1).run().best[0])
+    gains = {change.change: change.gain for change in sensitivity(question, best)}
+    assert gains[f"10 % more bandwidth on {plane}"] > 0.005
 
 
 def test_nothing_that_fits_leaves_the_nearest():
