@@ -13,6 +13,8 @@ from pathlib import Path
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
+from models.kernels import plain
+
 LIBRARY = Path(__file__).resolve().parent / "_native.so"
 AGAIN = "`make clean setup` or `pip install .`"
 
@@ -72,23 +74,14 @@ def _number(value: float) -> Tensor:
     return Tensor([value], mstype.float64)
 
 
-class Matmul(nn.Cell):
+class Matmul(plain.Matmul):
     """See `plain.Matmul`. Multiplied by oneDNN, in blocks of rows that threads share."""
 
     def __init__(self) -> None:
-        super().__init__(auto_prefix=False)
+        super().__init__()
         self.run_forward = operator("matmul", lambda x, w: [x[0], w[0]], _first)
         self.run_input = operator("matmul_input", lambda dy, w: [dy[0], w[1]], _first)
         self.run_weight = operator("matmul_weight", lambda dy, x: [dy[1], x[1]], _first)
-
-    def forward(self, x, w):
-        return self.run_forward(x, w)
-
-    def backward_input(self, dy, w):
-        return self.run_input(dy, w)
-
-    def backward_weight(self, dy, x):
-        return self.run_weight(dy, x)
 
 
 class RMSNorm(nn.Cell):
