@@ -167,9 +167,9 @@ class Mesh:
         inner = [level for level in self.topology.levels[: outermost.index] if level.plane != outermost.plane]
         if not inner:
             return 1, "no slower network inside ep"
-        if outermost.bandwidth is None or inner[-1].bandwidth is None:
+        if outermost.reach is None or inner[-1].reach is None:
             return 1, f"the bandwidth of {outermost.name} or of {inner[-1].name} is not known"
-        if 2 * outermost.bandwidth > inner[-1].bandwidth:
+        if 2 * outermost.reach > inner[-1].reach:
             return 1, f"{outermost.name} has more than half the bandwidth of {inner[-1].name}"
         blocks = [position // inner[-1].ranks for position in positions]
         count = len({*blocks})

@@ -194,7 +194,7 @@ def to_topology(table: RankTable, name: str, like: Topology) -> dict[str, Any]:
         "rank": {**vars(like.rank), "peak_tflops": dict(like.rank.peak_tflops)},
         "planes": {level.plane.name: {"injection": level.plane.injection} for level, _ in kept},
         "levels": [
-            {key: getattr(level, key) for key in ("name", "bandwidth", "latency")}
+            {key: getattr(level, key) for key in ("name", "bandwidth", "latency", "links")}
             | {"members": count, "plane": level.plane.name}
             for level, count in kept
         ],

@@ -20,7 +20,8 @@ KEYS = ("name", "rank", "planes", "levels")
 OPTIONAL = ("capacity", "notes")
 PLANE_KEYS = ("injection",)
 LEVEL_KEYS = ("members", "bandwidth", "latency", "plane")
-LEVEL_OPTIONAL = ("of",)
+LEVEL_OPTIONAL = ("of", "links")
+LINKS = ("switch", "mesh")
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,20 @@ class Level:
     ranks: int | None
     """Ranks in one block: the product of members from the innermost level; None: as many as there are."""
     bandwidth: float | None
-    """GB/s of one rank in one direction; None: unknown."""
+    """GB/s of one rank in one direction, in a mesh of one of its links; None: unknown."""
     latency: float | None
     """Microseconds for a small message; None: unknown."""
     plane: Plane
+    links: str = "switch"
+    """``switch``: a rank has the bandwidth whomever it talks to; ``mesh``: it has a link to each other block."""
+
+    @property
+    def reach(self) -> float | None:
+        """GB/s of one rank that talks to all other blocks at once, as far as its plane's injection lets it."""
+        if self.bandwidth is None:
+            return None
+        links = self.members - 1 if self.links == "mesh" else 1
+        return min(max(links, 1) * self.bandwidth, self.plane.injection or math.inf)
 
 
 @dataclass(frozen=True)
@@ -187,6 +198,7 @@ def _levels(entries: list[Mapping[str, Any]], planes: Mapping[str, Plane], rank:
                 bandwidth=_number(f"{where}.bandwidth", entry["bandwidth"]),
                 latency=_number(f"{where}.latency", entry["latency"]),
                 plane=planes[str(entry["plane"])],
+                links=_links(where, entry),
             )
         )
     return tuple(levels)
@@ -201,6 +213,14 @@ def _block(where: str, entry: Mapping[str, Any], sizes: Mapping[str, int | None]
         return None
     _check_count(f"{where}.members", entry["members"], f" or {ANY}")
     return entry["members"] * sizes[of]
+
+
+def _links(where: str, entry: Mapping[str, Any]) -> str:
+    links = str(entry.get("links", LINKS[0]))
+    check_choice(f"{where}.links", links, LINKS)
+    counted = links != "mesh" or entry["members"] != ANY
+    check(counted, f"{where}.members", f"is {ANY} in a mesh, whose links it counts", "give a number")
+    return links
 
 
 def _changed(entry: Mapping[str, Any], changes: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:

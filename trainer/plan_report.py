@@ -129,7 +129,7 @@ def _machine(plan: Plan) -> str:
     head = ("level", f"{plan.problem.topology.rank.name}s", "plane", "GB/s", "µs", "sent", "busy")
     lead = (
         "Of the rank that sends most over each level, by the algorithms that are priced; the figure is the share of "
-        "the step for which this keeps its link busy at the bandwidth that prices count on, hidden or not."
+        "the step for which this keeps its links busy at the bandwidth that prices count on, hidden or not."
     )
     shown = legend((colours[axis], axis, "") for axis in axes)
     return section("The machine and its traffic", lead, shown + figure + table(head, rows, (1, 3, 4, 5, 6)))

@@ -246,7 +246,8 @@ def described(like: Topology, found: Mapping[str, Any], fits: Mapping[str, Mappi
             speeds = {"bandwidth": _rounded(sent.bandwidth), "latency": _rounded(sent.latency) or None}
             shares = ", ".join(f"{of.bandwidth:.3g} in {kind}" for kind, of in zip(KINDS[1:], others, strict=True))
             notes.append(f"{level.name}: GB/s point to point, the fit's residual {sent.residual:.0%}; {shares}.")
-        levels.append({"name": level.name, "members": members, **speeds, "plane": level.plane.name})
+        wires = {"plane": level.plane.name, "links": level.links}
+        levels.append({"name": level.name, "members": members, **speeds, **wires})
         inner = level.ranks or inner
     source = {
         "name": like.name,

@@ -240,8 +240,9 @@ def _machine(fields: dict[str, str]) -> tuple[str, Topology]:
     if device == "gb200":
         node = HARDWARE[device][5]  # NVLink joins the trays
     inside, outside = Plane("inside", inner), Plane("outside", outer)
+    links, lines = ("mesh", int(node) - 1) if device == "ascend910b" else ("switch", 1)
     levels = (
-        Level("node", 0, int(node), int(node), inner, 3.0, inside),
+        Level("node", 0, int(node), int(node), inner / max(lines, 1), 3.0, inside, links),
         Level("cluster", 1, None, None, outer, 10.0, outside),
     )
     rank = Rank("device", memory, bandwidth, {"bfloat16": peak})
@@ -361,7 +362,7 @@ def batches(rows: list[Row], times: int = 1) -> list[Batch]:
     for index, row in enumerate(rows):
         t = row.topology
         key = (row.schedule, row.pp, row.vpp, t.rank.peak_tflops["bfloat16"], t.rank.memory_bandwidth,
-               t.levels[0].members, t.levels[0].bandwidth, t.levels[1].bandwidth)  # fmt: skip
+               t.levels[0].members, t.levels[0].reach, t.levels[1].bandwidth)  # fmt: skip
         groups.setdefault(key, []).append(index)
     return [_batch(rows, tuple(members) * times) for members in groups.values()]
 

@@ -153,10 +153,11 @@ class Network:
         for level, inside in enumerate(members):
             p = inside / before
             algorithm = best(machine.levels, level)
-            half = half + algorithm.volume(p) / before / machine.bandwidth[level]
+            rate = machine.rate(level, np.maximum(p - 1, 1))
+            half = half + algorithm.volume(p) / before / rate
             waits = waits + algorithm.steps(p) * machine.latency[level]
             plane = machine.levels[level].plane.name
-            planes[plane] = planes.get(plane, 0.0) + (inside - before) / n / machine.bandwidth[level]
+            planes[plane] = planes.get(plane, 0.0) + (inside - before) / n / rate
             exchange_waits = np.where(
                 inside > before, np.maximum(exchange_waits, machine.latency[level]), exchange_waits
             )
@@ -188,9 +189,9 @@ class Network:
         """`size` bytes from one rank to another that it meets at `level`; both [N] or both [N, boundaries]."""
         m, k = self.machine, self.constants
         seconds, axes = 0.0, np.ndim(level)
-        for index, (bandwidth, latency) in enumerate(zip(m.bandwidth, m.latency, strict=True)):
+        for index, latency in enumerate(m.latency):
             fixed = latency + k.call + (k.message if index > self.server else 0.0)
-            seconds = seconds + (level == index) * (size / _aligned(bandwidth, axes) + _aligned(fixed, axes))
+            seconds = seconds + (level == index) * (size / _aligned(m.rate(index, 1), axes) + _aligned(fixed, axes))
         return seconds
 
 

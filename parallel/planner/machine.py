@@ -76,11 +76,17 @@ class Machine:
     blocks: tuple[int, ...]
     """Ranks in a block of each level."""
     bandwidth: tuple[float, ...]
+    link: tuple[float, ...]
+    """Of a mesh, what goes to one other block at most; infinity: no less than to all."""
     latency: tuple[float, ...]
     flops: float
     memory_bandwidth: float
     memory: float
     """Bytes of a rank."""
+
+    def rate(self, level: int, peers: Column) -> Column:
+        """Bytes a second of a rank that talks to `peers` other blocks of a level at once."""
+        return np.minimum(self.bandwidth[level], peers * self.link[level])
 
     def members(self, group: Factors) -> list[Column]:
         """Members of a group inside one block of each level, innermost first: of the group that lies worst.
@@ -124,7 +130,7 @@ def machine(topology: Topology, constants: Constants, peak: str = "bfloat16") ->
     }
     for name, value in known.items():
         check(value is not None, f"topology {topology.name}: {name}", "is not known, and a plan needs it", remedy)
-    reached = [min(level.bandwidth, level.plane.injection or np.inf) for level in levels]
+    reached = [level.reach for level in levels]
     # A level is an outer one where those inside it are twice as fast: more bandwidth around it does not make it one.
     fastest = np.maximum.accumulate(reached)
     shares = [
@@ -136,6 +142,10 @@ def machine(topology: Topology, constants: Constants, peak: str = "bfloat16") ->
         levels,
         tuple(level.ranks or ANYWHERE for level in levels),
         tuple(own * 1e9 * share for own, share in zip(reached, shares, strict=True)),
+        tuple(
+            level.bandwidth * 1e9 * share if level.links == "mesh" else np.inf
+            for level, share in zip(levels, shares, strict=True)
+        ),
         tuple((level.latency or 0.0) * 1e-6 for level in levels),
         known[f"rank.peak_tflops.{peak}"] * 1e12,
         rank.memory_bandwidth * 1e9,

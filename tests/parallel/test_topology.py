@@ -87,9 +87,9 @@ def test_every_packaged_topology_has_its_files_name_and_gets_no_faster_outwards(
     assert machine.name == name
     known = [level for level in machine.levels if level.bandwidth is not None]
     for inner, outer in pairwise(known):
-        assert inner.bandwidth >= outer.bandwidth and inner.latency <= outer.latency
+        assert inner.reach >= outer.reach and inner.latency <= outer.latency
     for level in known:
-        assert level.bandwidth <= level.plane.injection
+        assert level.bandwidth <= level.reach <= level.plane.injection
 
 
 # ranks that meet on each level, outermost left open; GB/s of a rank in one direction there; dense bf16 TFLOPS
@@ -151,6 +151,14 @@ def test_levels_and_planes_are_changed_under_their_names():
     assert machine.levels[2] == replace(load(read("cloudmatrix384")).levels[2], plane=machine.levels[2].plane)
 
 
+def test_a_level_in_a_mesh_has_a_link_to_each_other_block_as_far_as_the_injection_goes():
+    node, cluster = load(read("atlas_900_a2")).levels
+    assert (node.links, node.bandwidth, node.reach) == ("mesh", 28, 7 * 28)
+    assert (cluster.links, cluster.reach) == ("switch", cluster.bandwidth)
+    assert load(read("atlas_900_a2") | {"node": {"members": 4}}).levels[0].reach == 3 * 28
+    assert load(read("atlas_900_a2") | {"hccs": {"injection": 100}}).levels[0].reach == 100
+
+
 def test_a_machine_whose_last_block_is_not_full_holds_what_its_capacity_says():
     machine = load({**read("cloudmatrix384"), "capacity": 700})
     assert machine.capacity == 700
@@ -203,6 +211,10 @@ def edited(path: str, value) -> dict:
          "known: injection"),
         ("supernode", {"of": "rack"}, "topology.supernode.of must be one of die, package, node, cabinet, "
          "but is 'rack'; did you mean 'package'?"),
+        ("levels.1.links", "ring", "topology.node.links must be one of switch, mesh, but is 'ring'; "
+         "set topology.node.links to one of them"),
+        ("supernode", {"members": "any", "links": "mesh"},
+         "topology.supernode.members is any in a mesh, whose links it counts; give a number"),
         ("capacity", 769, "topology.capacity is 769, but the levels hold 768; lower it or leave it out"),
         ("levels.2.name", "rank", "topology: 'rank' is a key and names no level or plane; choose another name"),
         ("planes", [1], "topology.planes must be a mapping, but is [1]; write it as key: value"),

@@ -277,3 +277,28 @@ def test_explain_alone_gives_json_of_the_layout(capsys):
     found = json.loads(capsys.readouterr().out)
     assert Layout(**found["layout"]).world_size == 4
     assert found["wire_bytes_by_level"]["package"] > 0
+
+
+KNOWN = """
+name: known
+rank: {name: process, device: h100, memory_gib: 2, memory_bandwidth: 10, peak_tflops: {float32: 0.05, bfloat16: 0.05}}
+planes: {memory: {injection: null}}
+levels: [{name: machine, members: 2, bandwidth: 5, latency: 10, plane: memory}]
+"""
+
+
+@pytest.mark.slow
+def test_a_plan_trains_unchanged_as_layout_auto_does_and_sends_what_it_predicted(busway, tmp_path):
+    machine, out = tmp_path / "known.yaml", tmp_path / "plans"
+    machine.write_text(KNOWN)
+    asked = (f"topology={machine}", "train.steps=2", "train.precision=fp32", "layout.tp=2", "layout.micro_batch=2")
+    busway("plan", busway.recipe, *asked, f"train.out={busway.out}", f"plan.out={out}")
+    busway("train", out / busway.recipe.stem / "plan.yaml", "train.name=planned")
+    busway.train("chosen", *asked, "layout.auto=true")
+    reports = [json.loads(busway("report", busway.out / name, "--json")[0]) for name in ("planned", "chosen")]
+    planned, chosen = (busway.run(name).summary for name in ("planned", "chosen"))
+    assert planned["layout"] == chosen["layout"] and planned["layout"]["tp"] == 2
+    assert planned["traffic"] == chosen["traffic"]
+    for report in reports:
+        assert report["source"] == "plan.prediction, which came with the recipe"
+        assert report["traffic"]["equal"] and report["predicted"]["step_s"] > 0

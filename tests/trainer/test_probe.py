@@ -86,6 +86,12 @@ def test_the_planner_takes_the_file(tmp_path, capsys):
     assert (plan["topology"], plan["ranks"]) == ("mine", 4) and plan["step_s"] > 0
 
 
+def test_links_of_a_mesh_are_measured_one_by_one():
+    source = described(compose_topology("atlas_900_a2", []), found(16, "node"), {"node": FITS})
+    node = topology.load(source).levels[0]
+    assert (node.links, node.bandwidth, node.reach) == ("mesh", 10, 70)
+
+
 def test_what_is_known_of_a_rank_stays_and_levels_are_as_measured():
     like = compose_topology("dgx_h100", [])
     source = described(like, found(12, "node", "cluster"), {"node": FITS, "cluster": FITS})

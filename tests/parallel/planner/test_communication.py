@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -14,13 +16,16 @@ FAST, SLOW = 100e9, 10e9
 BARE = Constants(call=0.0, call_far=0.0)
 
 
-def network(*blocks: tuple[str, int, float, float], constants: Constants = BARE, one_plane: bool = False) -> Network:
-    """Levels as (name, ranks of a block, bytes a second, seconds)."""
+def network(
+    *blocks: tuple[str, int, float, float], constants: Constants = BARE, one_plane: bool = False, mesh: bool = False
+) -> Network:
+    """Levels as (name, ranks of a block, bytes a second, seconds); the innermost may be a mesh."""
     planes = [Plane("all" if one_plane else name, 1.0) for name, *_ in blocks]
     levels = tuple(Level(b[0], i, b[1], b[1], 1.0, 1.0, planes[i]) for i, b in enumerate(blocks))
     topology = Topology("any", Rank("die", 1.0, 1.0, {}), tuple(dict.fromkeys(planes)), levels)
     _, ranks, bandwidth, latency = zip(*blocks, strict=True)
-    return Network(Machine(topology, levels, ranks, bandwidth, latency, 1.0, 1.0, 1.0), constants)
+    link = bandwidth[0] / (ranks[0] - 1) if mesh else math.inf, *[math.inf] * (len(blocks) - 1)
+    return Network(Machine(topology, levels, ranks, bandwidth, link, latency, 1.0, 1.0, 1.0), constants)
 
 
 def half(network: Network, size: float, group: tuple[int, int], calls: int = 1) -> float:
@@ -59,6 +64,21 @@ def test_an_all_to_all_loads_levels_of_one_plane_together(one_plane):
     found = own.all_to_all(64e9, own.group([(64, 1)]))
     inside, between = 7e9 / FAST, 56e9 / SLOW
     assert found == pytest.approx(inside + between if one_plane else between)
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_a_group_in_a_mesh_has_the_links_to_its_members(ranks):
+    own = network(("node", 8, FAST, 0.0), ("cluster", 64, SLOW, 0.0), mesh=True)
+    each = 8e9 / ranks / (FAST / 7)  # every link carries one part of the tensor
+    assert half(own, 8e9, (ranks, 1)) == pytest.approx(each)
+    assert float(own.all_to_all(8e9, own.group([(ranks, 1)]))) == pytest.approx(each)
+    assert float(own.message(8e9, np.array(0))) == pytest.approx(8e9 / (FAST / 7))
+
+
+def test_a_group_across_meshes_has_the_links_of_each():
+    own = network(("node", 8, FAST, 0.0), ("cluster", 64, SLOW, 0.0), mesh=True)
+    inside, between = 8e9 / 4 / (FAST / 7), 8e9 / 4 / 2 / SLOW  # of 8 ranks four lie in a node
+    assert half(own, 8e9, (8, 2)) == pytest.approx(inside + between)
 
 
 def test_each_rank_of_a_group_across_nodes_delays_its_collectives():

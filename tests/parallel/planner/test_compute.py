@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from models.config import ModelConfig
@@ -19,7 +21,7 @@ from parallel.traffic import DTYPE_BYTES, Traffic, maximum, step_traffic
 SEQ_LEN, GLOBAL_BATCH = 512, 8
 PLANE = Plane("wires", 1e-9)
 TOPOLOGY = Topology("any", Rank("device", 1.0, 1.0, {}), (PLANE,), (Level("machine", 0, None, None, 1e-9, 0.0, PLANE),))
-MACHINE = Machine(TOPOLOGY, TOPOLOGY.levels, (2**40,), (1.0,), (0.0,), 1e300, 1e300, 1.0)
+MACHINE = Machine(TOPOLOGY, TOPOLOGY.levels, (2**40,), (1.0,), (math.inf,), (0.0,), 1e300, 1e300, 1.0)
 """Moves a byte a second and computes at once, so that seconds are bytes."""
 BARE = Constants(
     kernel=0, call=0, call_far=0, hide_tp=0, hide_dp=0, hide_cp=0, hide_pp=0, message_bytes=4, stream_bytes=4
@@ -116,7 +118,7 @@ def test_seconds_at_a_level_are_the_bytes_that_a_plan_shows_there(name, slow):
     topology = Topology("nested", TOPOLOGY.rank, tuple(planes.values()), levels)
     blocks = tuple(ranks or ANYWHERE for ranks in BLOCKS.values())
     rates = tuple(1.0 if level == slow else 1e300 for level in BLOCKS)
-    machine = Machine(topology, levels, blocks, rates, (0.0,) * 3, 1e300, 1e300, 1.0)
+    machine = Machine(topology, levels, blocks, rates, (math.inf,) * 3, (0.0,) * 3, 1e300, 1e300, 1.0)
     config, layout, dtypes, batch = ModelConfig(**SHAPES), NESTED[name], PRECISIONS["bf16"], 48
     found = priced(config, layout, dtypes, machine, batch)
     wanted = counted(config, layout, dtypes, topology, LevelTraffic, slow, batch)
