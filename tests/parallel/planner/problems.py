@@ -22,10 +22,11 @@ def sparse(**changes) -> ModelConfig:
     return dense(moe=EXPERTS, **changes)
 
 
-def machine(ranks: int = 4, memory_gib: float = 64.0, outer: float = 25.0) -> Topology:
-    """Nodes of `ranks` on a fast network, joined by a slow one."""
+def machine(ranks: int = 4, memory_gib: float = 64.0, outer: float = 25.0, mesh: bool = False) -> Topology:
+    """Nodes of `ranks` on a fast network, or in a mesh of slow links, joined by a slow one."""
+    links = {"links": "mesh", "bandwidth": 30.0} if mesh else {}
     levels = [
-        {"name": "node", "members": ranks, "bandwidth": 160.0, "latency": 1.2, "plane": "bus"},
+        {"name": "node", "members": ranks, "bandwidth": 160.0, "latency": 1.2, "plane": "bus", **links},
         {"name": "cluster", "members": "any", "bandwidth": outer, "latency": 6.0, "plane": "roce"},
     ]
     rank = {"name": "die", "device": "ascend910c", "memory_gib": memory_gib, "memory_bandwidth": 1600.0}

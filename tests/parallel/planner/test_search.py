@@ -24,6 +24,7 @@ QUESTIONS = {
     "dense": problem(dense(layers=2), **SMALL),
     "experts": problem(sparse(layers=2), **SMALL, cp=1),
     "little memory": problem(dense(layers=4), **SMALL | {"topology": machine(2, memory_gib=6.0)}),
+    "mesh": problem(dense(layers=2), **SMALL | {"topology": machine(4, mesh=True)}, recompute="none"),
     "tied": problem(dense(layers=2, tied_embeddings=True), **SMALL, recompute="none"),
     "further tokens": problem(dense(layers=2, mtp=PredictionConfig(depth=1)), **SMALL, recompute="none"),
     "held": problem(dense(layers=4), **SMALL, tp=2, recompute="full"),
