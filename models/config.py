@@ -145,11 +145,6 @@ class ModelConfig:
         """Dims of a head that positions turn."""
         return self.latent.rope if self.latent.kv_rank else self.head_width
 
-    @property
-    def qkv_width(self) -> int:
-        """Columns of the packed queries, keys and values of one token."""
-        return (self.heads + 2 * self.kv_heads) * self.head_width
-
     def layer_parameters(self, layer: int) -> list[ParameterSpec]:
         """The parameters of one layer and its router's tally, in the order in which its segments read them."""
         attention = self._latent_attention() if self.latent.kv_rank else self._attention()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -202,8 +202,3 @@ def initial_reader(seed: int, std: float) -> Reader:
         return draw(part.spec, seed, std, rows)[(slice(None), *columns)]
 
     return read
-
-
-def mapping_reader(values: Mapping[str, np.ndarray]) -> Reader:
-    """Looks parameters up by name."""
-    return lambda part: values[part.spec.name][part.slices]
