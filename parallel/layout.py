@@ -157,7 +157,7 @@ class Layout:
         """What the sizes of axes do not say, for the banner: ``1f1b, ZeRO 1``; empty where there is nothing."""
         layers = self.recompute if isinstance(self.recompute, str) else f"layers {list(self.recompute)}"
         parts = {
-            self.schedule: self.pp > 1,
+            self.schedule + f" of vpp {self.vpp}" * (self.schedule == "interleaved"): self.pp > 1,
             "sequence parallel": self.tp > 1 and self.sequence_parallel,
             self.cp_method: self.cp > 1,
             f"ZeRO {self.zero}": self.dp * self.cp > 1 and self.zero,

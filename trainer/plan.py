@@ -13,7 +13,7 @@ from rich.table import Table
 
 from models.checks import ConfigError, check_at_least
 from parallel.memory import room_rows
-from parallel.planner import Plan, Result, Search
+from parallel.planner import Plan, Problem, Result, Search
 from parallel.planner.explain import NAMES, Sensitivity, break_even, lost_by, nested, nestings, sensitivity
 from trainer.callbacks.console import plain_table, short, terminal
 from trainer.compose import Composed, compose_recipe
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         plans = [Plan(problem, found) for found in result.best]
         answer = Answer(
             composed, plans, result, sensitivity(problem, plans[0]) if args.sensitivity else [],
-            question.ranks - problem.ranks, _whole(name, overrides),
+            question.ranks - problem.ranks, _whole(name, overrides, question),
         )  # fmt: skip
     out = Path(composed.recipe.plan.out).expanduser() / composed.name
     if args.json:
@@ -77,8 +77,8 @@ def run(args: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-def _whole(name: str, overrides: list[str]) -> Plan | None:
-    """The plan without the words that ask what if. None where none asks, or nothing can be said."""
+def _whole(name: str, overrides: list[str], question: Problem) -> Plan | None:
+    """The plan without the words that ask what if. None where none asks, or asks nothing, or nothing can be said."""
     asks = [word for word in overrides if word.lstrip("+~").startswith(WHAT_IF)]
     if all(word.lstrip("+~").startswith("topology.rank.") for word in asks):
         return None
@@ -87,7 +87,7 @@ def _whole(name: str, overrides: list[str]) -> Plan | None:
         problem = problem_of(composed.recipe, composed.given)
     except ConfigError:  # a machine of any size, which says no number of ranks
         return None
-    best = Search(problem, keep=1).run().best
+    best = Search(problem, keep=1).run().best if problem != question else []
     return Plan(problem, best[0]) if best else None
 
 
@@ -171,7 +171,8 @@ def headline(plan: Plan) -> str:
         per += f", {plan.tokens_per_s / problem.ranks * package.ranks:,.0f} a package (card)"
     held = f"{found.peak / 2**30:.1f} of {problem.machine.memory / 2**30:.1f} GiB"
     return (
-        f"{plan.mesh.describe()}\n{found.step:.4g} s a step, {plan.tokens_per_s:,.0f} tokens/s ({per}), "
+        f"{plan.mesh.describe()}; micro-batch {found.layout.micro_batch}\n"
+        f"{found.step:.4g} s a step, {plan.tokens_per_s:,.0f} tokens/s ({per}), "
         f"MFU {plan.mfu:.1%}, bubble {found.bubble:.1%}, {held}"
     )
 

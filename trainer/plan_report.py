@@ -322,4 +322,5 @@ def _foot(plan: Plan) -> str:
 
 def _named(layout: Layout) -> str:
     experts = f"ep {layout.ep} x etp {layout.etp}" if layout.ep * layout.etp > 1 else ""
-    return ", ".join(part for part in (layout.product(), experts, layout.techniques()) if part)
+    parts = (layout.product(), experts, layout.techniques(), f"micro-batch {layout.micro_batch}")
+    return ", ".join(part for part in parts if part)

@@ -13,7 +13,7 @@ from models.checks import ConfigError, check, check_at_least
 from parallel.allocation import positions, together
 from parallel.layout import Layout
 from parallel.planner import Plan, Problem, Result, Search
-from parallel.planner.explain import contradiction, smallest, too_large
+from parallel.planner.explain import LARGEST, contradiction, smallest, too_large
 from parallel.planner.problem import CHOSEN, check_known
 from trainer.compose import Composed
 from trainer.precision import Precision, choose
@@ -109,7 +109,9 @@ def _nothing(problem: Problem, result: Result) -> str:
         remedy = "hold fewer keys, or change train.global_batch or plan.ranks (plan.allow_idle=true leaves some unused)"
         return f"no layout of {where} is legal {reason}: {contradiction(problem) or remedy}"
     enough = smallest(problem)
-    size = f"{enough:,} ranks of such a machine are the fewest that could" if enough else "nor into all of it"
+    size = f"{enough:,} ranks of such a machine are the fewest that could" if enough else f"nor into {LARGEST:,}"
+    most = problem.topology.capacity
+    size += f", and it holds {most:,}" if most and enough and most < enough else ""
     return (
         f"no layout fits into {where}, {size}: the nearest, {result.nearest.layout.product()}, "
         f"{too_large(problem, result.nearest)}"

@@ -170,8 +170,9 @@ def described(machine: Topology) -> dict[str, Any]:
     levels = []
     for level in machine.levels:
         blocks = -(-machine.capacity // level.ranks) if machine.capacity and level.ranks else None
-        row = dataclasses.asdict(level) | {"plane": level.plane.name, "blocks": blocks}
-        levels.append(row | _totals(machine, level.ranks))
+        ranks = machine.capacity if blocks == 1 else level.ranks  # of the only block, which need not be full
+        row = dataclasses.asdict(level) | {"plane": level.plane.name, "blocks": blocks, "ranks": ranks}
+        levels.append(row | _totals(machine, ranks))
     return {
         "name": machine.name,
         "ranks": machine.capacity,

@@ -380,7 +380,7 @@ def _batch(rows: list[Row], members: tuple[int, ...]) -> Batch:
         dense, sparse = row.layers
         edges = _edges(row, stages)
         before = np.minimum(edges, dense)
-        if "maverick" in row.fields["model"].lower():
+        if "maverick" in row.fields.get("model", "").lower():
             before = edges / 2
         tables["dense"][i] = np.diff(before)
         tables["sparse"][i] = np.diff(edges - before)

@@ -37,7 +37,7 @@ HELD = {
 """A part of `memory.Memory` in words."""
 
 LARGEST = 2**17
-"""Ranks up to which `smallest` looks on a machine of any size."""
+"""Ranks up to which `smallest` looks."""
 
 
 def difference(first: Plan, other: Plan) -> list[tuple[str, float, float]]:
@@ -49,8 +49,12 @@ def difference(first: Plan, other: Plan) -> list[tuple[str, float, float]]:
 
 def lost_by(best: Plan, other: Plan) -> str:
     """One line: by how much `other` is slower, through what, and what it gains in turn. One that does not fit may be
-    faster."""
-    step = best.estimate.step
+    faster. Of plans for different work only tokens/s are compared."""
+    step, work = best.estimate.step, _different_work(best.problem, other.problem)
+    if work:
+        gain = other.tokens_per_s / best.tokens_per_s - 1
+        way = "faster" if gain > 0 else "slower"
+        return f"{abs(gain):.1%} {way} by tokens/s, with another {' and another '.join(work)}"
     slower = other.estimate.step / step - 1
     if abs(slower) < 5e-4:
         gib = (other.estimate.peak - best.estimate.peak) / 2**30
@@ -61,6 +65,12 @@ def lost_by(best: Plan, other: Plan) -> str:
     against = _named(change for change in changes if -sign * change[1] > abs(slower) * step / 4)
     line = f"{abs(slower):.1%} {way}: {through or 'of everything a little'}"
     return f"{line}, in spite of {against}" if against else line
+
+
+def _different_work(first: Problem, other: Problem) -> list[str]:
+    """What makes a step of one other work than a step of the other."""
+    parts = {"model": "model", "data.seq_len": "seq_len", "train.global_batch": "global_batch"}
+    return [name for name, key in parts.items() if getattr(first, key) != getattr(other, key)]
 
 
 def _named(changes: Iterable[tuple[str, float]]) -> str:
@@ -174,27 +184,28 @@ def _check_micro_batches(problem: Problem, held: dict[str, Any]) -> None:
 
 
 def smallest(problem: Problem) -> int | None:
-    """The fewest ranks of the machine, to a 32nd of them, on which a layout fits of a problem in which none does; None:
-    not on all of it. What is asked of each number is the layout that holds least (`Search.least`)."""
-    node = next((level.ranks for level in problem.topology.levels if level.name == "node"), None) or 1
-    most = problem.topology.capacity or LARGEST
+    """The fewest ranks, to a 32nd of them, on which a layout fits of a problem in which none does, if the machine's
+    outermost level held any number; None: not on `LARGEST`. Asked is what holds least (`Search.least`).
+
+    Powers of two tell how far to look, as their layouts are many. All numbers below are asked in turn: more ranks may
+    fit worse, where their factors do not divide the model.
+    """
+    *inner, outermost = problem.topology.levels
+    topology = replace(problem.topology, levels=(*inner, replace(outermost, members=None, ranks=None)), limit=None)
+    node = next((level.ranks for level in topology.levels if level.name == "node"), None) or 1
 
     def fits(ranks: int) -> bool:
-        nearest = Search(replace(problem, positions=tuple(range(ranks)))).least()
+        nearest = Search(replace(problem, topology=topology, positions=tuple(range(ranks)))).least()
         return nearest is not None and nearest.fits
 
-    few = many = problem.ranks
-    while few == many or not fits(many):
-        if many >= most:
+    few, many = problem.ranks, 1 << problem.ranks.bit_length()
+    while not fits(many):
+        if many >= LARGEST:
             return None
-        few, many = many, min(2 * many, most)
+        few, many = many, 2 * many
     unit = -(-max(1, many // 32) // node) * node
-    while many - few > unit:
-        middle = -(-(few + many) // 2 // unit) * unit
-        if not few < middle < many:
-            break
-        few, many = (few, middle) if fits(middle) else (middle, many)
-    return many
+    between = range(few // unit * unit + unit, many, unit)
+    return next((ranks for ranks in between if fits(ranks)), many)
 
 
 @dataclass(frozen=True)

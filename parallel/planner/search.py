@@ -295,8 +295,10 @@ class Search:
                 self.result.nearest = evaluate(self.problem, [layout])[0]
 
     def _layout(self, group: Candidates, row: int, order: tuple[str, ...]) -> Layout:
-        passed = {key: value for key, value in self.problem.fixed.items() if key not in CHOSEN}
-        return group.layout(row, passed, order)
+        fixed = self.problem.fixed
+        found = group.layout(row, {key: value for key, value in fixed.items() if key not in CHOSEN}, order)
+        idle = (*("schedule", "vpp") * (found.pp == 1), *("cp_method", "cp_ulysses") * (found.cp == 1))
+        return replace(found, **{key: fixed[key] for key in idle if key in fixed})
 
     def _orders(self, group: Candidates, row: int) -> list[tuple[str, ...]]:
         """Nestings of the axes that have more than one rank, the usual one first."""

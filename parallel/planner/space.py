@@ -82,10 +82,10 @@ class Space:
         return all(size % tp == 0 for size in sizes) and (tp % keys == 0 or keys % tp == 0)
 
     def _ulysses(self, tp: int, cp: int) -> list[int]:
-        """Legal inner sizes of context parallelism."""
+        """Legal inner sizes of context parallelism, for which a method that is held asks, unless cp is held too."""
         model, fixed, seq_len = self.problem.model, self.problem.fixed, self.problem.seq_len
         if cp == 1:
-            return [1]
+            return [1] if "cp" in fixed or "cp_method" not in fixed else []
         heads = model.heads // tp
         keys = max(1, (model.heads if model.latent.kv_rank else model.kv_heads) // tp)
         found = []
@@ -140,10 +140,12 @@ class Space:
         return ep, etp
 
     def pipelines(self, pp: int) -> list[tuple[str, int]]:
-        """(schedule, vpp) that pp ranks can run, whatever the micro-batches."""
+        """(schedule, vpp) that pp ranks can run, whatever the micro-batches. A schedule or vpp that is held asks for a
+        pipeline, unless pp is held too."""
         fixed, layers = self.problem.fixed, self.problem.model.layers
         if pp == 1:
-            return [("1f1b", 1)]
+            pipelined = "schedule" in fixed or fixed.get("vpp", 1) > 1
+            return [("1f1b", 1)] if "pp" in fixed or not pipelined else []
         found = []
         for name in self._values("schedule", list(schedules.NAMES)):
             if name == "interleaved":
@@ -151,8 +153,7 @@ class Space:
             else:
                 sizes = (2,) if name in schedules.V_SHAPED else (1,)
             for vpp in sizes:
-                asked = fixed.get("vpp", vpp) == vpp or name in schedules.V_SHAPED
-                if asked and pp * vpp <= layers + 2:
+                if fixed.get("vpp", vpp) == vpp and pp * vpp <= layers + 2:
                     found.append((name, vpp))
         return found
 

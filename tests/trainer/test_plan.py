@@ -109,6 +109,8 @@ def test_a_lost_block_leaves_a_plan_for_the_rest():
         (("plan", *MODEL, RANKS, "layout.tp=3"), "layout.tp 3 must divide model.heads 8; set layout.tp="),
         (("plan", *MODEL, RANKS, "layout.tp=4", "layout.pp=2"), "layout.tp=4 x layout.pp=2 must divide the 4 ranks"),
         (("plan", *MODEL, RANKS, "layout.pp=2", "layout.vpp=3", "layout.schedule=1f1b"), "layout.vpp must be 1 for"),
+        (("plan", *MODEL, RANKS, "layout.vpp=2", "layout.schedule=1f1b"), "layout.vpp must be 1 for layout."),
+        (("plan", *MODEL, RANKS, "layout.pp=2", "layout.vpp=3", "layout.schedule=zb_v"), "layout.vpp must be 2 for"),
         (("plan", *MODEL, RANKS, "layout.ep=2"), "layout.ep 2 x layout.etp 1 must be 1, as the model has no experts"),
         (("plan", *MODEL, RANKS, "layout.micro_batch=3"), "train.global_batch 8 must be a multiple of layout.dp 1 x"),
         (("plan", *MODEL, "plan.without=supernode:0"), "leave no place of cloudmatrix384 free; name fewer blocks"),
@@ -169,6 +171,15 @@ def test_a_longer_batch_is_another_question(capsys):
     assert "this is the other layout" in capsys.readouterr().out
 
 
+def test_plans_of_different_work_are_compared_by_their_tokens_per_second(capsys):
+    own = ["explain", *MODEL, "layout.dp=4", "--json", "--against", "train.global_batch=16"]
+    assert cli.main(own) == 0
+    found = json.loads(capsys.readouterr().out)
+    gain = found["tokens_per_s"] / (16 * 512 / found["compared_with"]["step_s"]) - 1
+    assert gain < 0
+    assert found["this_is"] == f"{-gain:.1%} slower by tokens/s, with another train.global_batch"
+
+
 def test_the_timeline_of_keys_alone_is_that_of_the_plan_around_them(capsys):
     assert cli.main(["explain", *MODEL, RANKS, "layout.pp=2", "layout.schedule=1f1b", "--timeline"]) == 0
     assert "makespan" in capsys.readouterr().out
@@ -192,6 +203,8 @@ def test_explain_sets_two_layouts_or_plans_against_each_other(tmp_path, capsys):
 
 
 def test_what_if_says_what_it_costs(tmp_path, capsys):
+    assert cli.main(["plan", *MODEL, "train.global_batch=768", "plan.without=[]", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["without_what_if"] is None
     words = ["plan", *MODEL, "train.global_batch=8448", "plan.without=cabinet:3", "--json"]
     assert cli.main(words) == 0
     answer = json.loads(capsys.readouterr().out)
@@ -277,6 +290,23 @@ def test_explain_alone_gives_json_of_the_layout(capsys):
     found = json.loads(capsys.readouterr().out)
     assert Layout(**found["layout"]).world_size == 4
     assert found["wire_bytes_by_level"]["package"] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "kept"),
+    [
+        (["layout.schedule=gpipe"], {"schedule": "gpipe", "pp": 2}),
+        (["layout.vpp=2", "layout.schedule=zb_v"], {"schedule": "zb_v", "vpp": 2, "pp": 2}),
+        (["layout.cp_method=ulysses"], {"cp_method": "ulysses", "cp": 2}),
+        (["layout.pp=1", "layout.schedule=zb_v"], {"schedule": "zb_v", "pp": 1}),
+        (["layout.cp=1", "layout.cp_method=ulysses"], {"cp_method": "ulysses", "cp": 1}),
+    ],
+)
+def test_a_technique_that_is_held_asks_for_its_axis_unless_that_is_held_too(words, kept, capsys):
+    assert cli.main(["plan", *MODEL, "plan.ranks=2", "--json", *words]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    for plan in (answer["plan"], *answer["others"]):
+        assert {key: plan["layout"][key] for key in kept} == kept
 
 
 KNOWN = """

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
 
+import recipes
 from trainer import cli
 
 HOSTS = ("172.16.0.100", "172.16.0.101")
@@ -61,6 +63,16 @@ def test_show_takes_overrides_by_name_before_and_after_an_option(busway):
     assert {level["name"]: level["blocks"] for level in machine["levels"]} == {
         "package": 64, "node": 8, "cabinet": 2, "supernode": 1,
     }  # fmt: skip
+
+
+def test_show_counts_what_the_last_block_of_a_level_holds(busway, tmp_path):
+    packaged = Path(recipes.__file__).with_name("topology") / "cloudmatrix384.yaml"
+    uneven = {**yaml.safe_load(packaged.read_text()), "capacity": 700}
+    (tmp_path / "uneven.yaml").write_text(yaml.safe_dump(uneven))
+    machine = json.loads(busway(0, "topology", "show", tmp_path / "uneven.yaml", "--json"))
+    whole, cabinet = machine["levels"][-1], machine["levels"][-2]
+    assert (whole["ranks"], whole["memory_gib"]) == (machine["ranks"], machine["memory_gib"]) == (700, 700 * 64)
+    assert (cabinet["ranks"], cabinet["blocks"]) == (64, 11)
 
 
 def test_show_draws_a_machine_of_any_size_and_of_unknown_speed(busway):

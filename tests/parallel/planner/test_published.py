@@ -71,6 +71,11 @@ def test_a_blank_or_unknown_field_is_no_reason_to_refuse(figures, change):
     assert found["refused"] == 0 and found["median_abs_err"] > 0
 
 
+def test_absent_columns_read_as_blank(figures):
+    found = figures({key: RUN[key] for key in ("layers", "hidden", "n_devices", "measured_step_time_s")})
+    assert found["rows"] == 1 and found["refused"] == 0 and found["median_abs_err"] > 0
+
+
 @pytest.mark.parametrize(
     ("said", "stage"),
     [("zero-2", 2), ("ZeRO3", 3), ("hsdp", 3), ("FSDP2", 3), ("true", 1), ("1.0", 1), ("none", 0), ("zero-1 + SP", 1)],

@@ -84,8 +84,8 @@ def test_what_is_fixed_is_held():
 
 
 def agrees(k: tuple) -> bool:
-    """Keys of an axis of one rank have no effect."""
-    tp, pp, schedule, *_ = k
+    """A schedule asks for a pipeline; ZeRO has no effect on one rank."""
+    tp, _, schedule, *_ = k
     dp, zero, recompute = k[8], k[9], k[12]
     whole = dp * k[4]
-    return tp == 2 and (pp == 1 or schedule == "zb_h1") and zero == (1 if whole > 1 else 0) and recompute == "full"
+    return tp == 2 and schedule == "zb_h1" and zero == (1 if whole > 1 else 0) and recompute == "full"
