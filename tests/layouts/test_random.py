@@ -32,7 +32,7 @@ def draw(seed: int, number: int, recipe: str) -> Entry:
     rng = random.Random(f"{seed}/{number}")
     ranks, (model, composed) = rng.choice((2, 4, 4)), _legal_model(rng, recipe)
     while True:
-        keys = _layout(rng, ranks, composed.model.layers)
+        keys = _layout(rng, ranks, composed.model.layers, bool(composed.model.moe.experts))
         try:
             layout = Layout(**keys)
             layout.check_model(composed.model, composed.data.seq_len)
@@ -98,12 +98,12 @@ def _experts(rng: random.Random) -> list[str]:
     return [*words, f"model.mtp.depth={rng.choice((0, 0, 0, 1))}", "metrics.routing=true"]
 
 
-def _layout(rng: random.Random, ranks: int, layers: int) -> dict[str, Any]:
+def _layout(rng: random.Random, ranks: int, layers: int, experts: bool) -> dict[str, Any]:
     axes = dict.fromkeys(ORDER, 1)
     while ranks > 1:
         axes[rng.choice(ORDER)] *= 2
         ranks //= 2
-    schedule = rng.choice(NAMES)
+    schedule, stage = rng.choice(NAMES), axes["dp"] * axes["cp"] * axes["tp"]
     vpp = 2 if schedule == "interleaved" or schedule in V_SHAPED else 1
     ends = sorted(rng.randint(0, layers) for _ in range(axes["pp"] * vpp - 1))
     stages = tuple(end - begin for begin, end in pairwise([0, *ends, layers]))
@@ -123,8 +123,8 @@ def _layout(rng: random.Random, ranks: int, layers: int) -> dict[str, Any]:
         "bucket_mib": rng.choice((0, 0.02, 64)),
         "prefetch": rng.random() < 0.5,
         "early_receive": rng.random() < 0.5,
-        "ep": rng.choice((1, 2, 4)),
-        "etp": rng.choice((1, 1, 2)),
+        "ep": rng.choice([n for n in (1, 2, 2, 4, 4) if stage % n == 0]) if experts else 1,
+        "etp": rng.choice((1, 1, 2)) if experts else 1,
         "dispatch": rng.choice(("auto", "flat", "two_level")),
         "outer_groups": rng.choice((None, 2, 4)),
     }
