@@ -146,8 +146,8 @@ LAYOUTS = {
 """Keys that stand nowhere have their defaults."""
 
 CI = (
-    "tp, sequence parallel", "1f1b, tied", "ring", "zero 3, prefetch, recompute full, tied", "tp x interleaved",
-    "ep over tp", "ep x etp, two-level",
+    "ring x tp, sequence parallel, another order", "zb_h1 x zero 3, prefetch, tied", "ep over tp",
+    "ep x etp, two-level",
 )  # fmt: skip
 """Those that every test run tries, for fewer steps."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import pytest
 from worlds import beyond, routing, run_world, slug, worst
@@ -27,6 +29,13 @@ OTHER = {
 }
 """Layouts of two ranks that go on."""
 AGAIN = ("ep x zero 3",)
+each_cut = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("zero 2", marks=pytest.mark.slow, id="slices of zero as stages of a pipeline"),
+        pytest.param("ep x zero 3", id="experts' pieces and biases over tp"),
+    ],
+)
 
 
 def started(busway, name, *keys):
@@ -41,22 +50,24 @@ def resumed(busway, name, before, *keys):
 
 @pytest.fixture(scope="module")
 def runs(busway):
-    """(whether it is whole, goes on in another layout or in its own, name) -> run; in one world."""
-    whole, other, again = ({name: slug(kind, name) for name in CUT} for kind in ("whole", "other", "again"))
-    begun = {name: started(busway, whole[name], *keys) for name, keys in CUT.items()}
-    goes_on = [resumed(busway, other[name], whole[name], *keys) for name, keys in OTHER.items()]
-    goes_on += [resumed(busway, again[name], whole[name], *CUT[name]) for name in AGAIN]
-    run_world(busway, 2, [*begun.values(), *goes_on])
-    found = {("whole", name): busway.run(whole[name]) for name in CUT}
-    found |= {("other", name): busway.run(other[name]) for name in OTHER}
-    return found | {("again", name): busway.run(again[name]) for name in AGAIN}
+    """(whether it is whole, goes on in another layout or in its own; name) -> run. A name's runs are made in one world
+    when one of them is first asked for."""
+
+    @cache
+    def made(name):
+        kinds = ("whole", "other", "again") if name in AGAIN else ("whole", "other")
+        whole, *_ = named = [slug(kind, name) for kind in kinds]
+        goes_on = zip(named[1:], (OTHER[name], CUT[name]), strict=False)
+        lines = [started(busway, whole, *CUT[name]), *(resumed(busway, own, whole, *keys) for own, keys in goes_on)]
+        run_world(busway, 2, lines)
+        return {kind: busway.run(own) for kind, own in zip(kinds, named, strict=True)}
+
+    return lambda kind, name: made(name)[kind]
 
 
-@pytest.mark.parametrize(
-    "name", OTHER, ids=["slices of zero as stages of a pipeline", "experts' pieces and biases over tp"]
-)
+@each_cut
 def test_moments_and_biases_go_on_under_another_layout(runs, name):
-    first, other = runs["whole", name], runs["other", name]
+    first, other = runs("whole", name), runs("other", name)
     assert [row["step"] for row in other.rows] == [3, 4]
     rows = first.rows[2:], other.rows
     found = {key: worst(*([row[key] for row in some] for some in rows)) for key in ("loss", "grad_norm")}
@@ -68,7 +79,7 @@ def test_moments_and_biases_go_on_under_another_layout(runs, name):
 
 def test_a_bias_goes_its_rate_toward_experts_with_less_than_the_even_share_of_the_global_batch(runs):
     """By what was recorded of every token's routing, as are the figures of a row (Wang et al., arXiv 2408.15664)."""
-    run, bias = runs["whole", "ep x zero 3"], np.zeros(4)
+    run, bias = runs("whole", "ep x zero 3"), np.zeros(4)
     assert len(run.rows) == 4
     for row in run.rows:
         chosen = np.concatenate([routing(run, row["step"], rank)[1][0] for rank in range(2)])
@@ -82,9 +93,9 @@ def test_a_bias_goes_its_rate_toward_experts_with_less_than_the_even_share_of_th
     assert bias.any()
 
 
-@pytest.mark.parametrize("name", CUT)
+@each_cut
 def test_a_checkpoint_in_slices_and_runs_is_a_weight_directory(runs, name):
-    run = runs["whole", name]
+    run = runs("whole", name)
     stored = read_weights(run.newest)
     weights = {weight.name: weight.stack(stored.read) for weight in weights_of(stored.config.parameters())}
     assert all(np.array_equal(value, weights[key]) for key, value in run.weights().items())
@@ -92,7 +103,7 @@ def test_a_checkpoint_in_slices_and_runs_is_a_weight_directory(runs, name):
 
 @pytest.mark.parametrize("name", AGAIN)
 def test_a_layout_goes_on_from_its_own_checkpoint_bit_for_bit(runs, name):
-    first, other = runs["whole", name], runs["again", name]
+    first, other = runs("whole", name), runs("again", name)
     assert [row["step"] for row in other.rows] == [3, 4]
     assert [row["loss"] for row in other.rows] == [row["loss"] for row in first.rows[2:]]
     weights = other.weights()

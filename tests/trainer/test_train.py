@@ -261,6 +261,7 @@ def test_a_run_starts_from_converted_weights_and_from_hugging_faces_own(busway, 
     assert at_random != pytest.approx(loss, rel=1e-2)
 
 
+@pytest.mark.slow
 def test_a_bias_that_the_weights_have_none_of_begins_at_zero(busway, tmp_path):
     theirs = FIXTURES / "qwen3_moe"
     busway("convert", "from-hf", theirs, busway.folder / "moe")
