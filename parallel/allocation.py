@@ -45,7 +45,8 @@ def positions(
 
 
 def together(left: Sequence[int], wanted: int, topology: Topology) -> tuple[int, ...]:
-    """`wanted` of the places that are left, ascending: of the smallest block that has as many, else of the fullest."""
+    """`wanted` of the places that are left, ascending: of the smallest block that has as many, else of the fullest.
+    These give equal numbers of nodes where they can, as groups lie in equal parts then; HCCL advises so too."""
     return tuple(sorted(_together(list(left), wanted, topology.levels)))
 
 
@@ -61,10 +62,20 @@ def _together(left: list[int], wanted: int, levels: Sequence[Level]) -> list[int
     enough = [block for block in blocks.values() if len(block) >= wanted]
     if enough:
         return _together(min(enough, key=len), wanted, inside)
-    found: list[int] = []
-    for block in sorted(blocks.values(), key=len, reverse=True):
-        found += _together(block, min(len(block), wanted - len(found)), inside)
+    fullest, found = sorted(blocks.values(), key=len, reverse=True), []
+    share = _even(fullest, wanted, inside)
+    for block in fullest:
+        found += _together(block, min(share or len(block), wanted - len(found)), inside)
     return found
+
+
+def _even(blocks: list[list[int]], wanted: int, inside: Sequence[Level]) -> int | None:
+    """How many places each of as few of some blocks as can be gives, the fullest first, if that is whole nodes."""
+    count = next(n for n in range(1, len(blocks) + 1) if sum(map(len, blocks[:n])) >= wanted)
+    share = wanted // count
+    node = next((own.ranks for own in inside if own.name == "node"), None)
+    even = node and wanted % count == 0 and share % node == 0 and len(blocks[count - 1]) >= share
+    return share if even else None
 
 
 def _level(topology: Topology, name: str, field: str) -> Level:

@@ -113,6 +113,18 @@ def test_fewer_ranks_than_are_free_lie_in_as_few_blocks_as_can_be():
     assert positions(topology, 100) == tuple(range(100))
 
 
+def test_blocks_give_equal_numbers_of_nodes_where_they_can():
+    topology = compose_topology("cloudmatrix384_roce", [])
+
+    def shares(ranks: int) -> list[int]:
+        return np.bincount(np.array(positions(topology, ranks, nodes=[48, 40])) // 768).tolist()
+
+    assert shares(80 * 16) == [640, 640]
+    assert shares(84 * 16) == [48 * 16, 36 * 16]  # 42 each are more than the second has
+    assert shares(79 * 16) == [48 * 16, 31 * 16]  # no whole nodes each
+    assert np.bincount(np.array(positions(topology, 24, nodes=[1, 1])) // 768).tolist() == [16, 8]
+
+
 def test_a_level_is_no_faster_than_its_plane():
     topology = compose_topology(
         "cloudmatrix384_roce", ["topology.unified_bus.injection=20", "topology.roce.injection=5"]
