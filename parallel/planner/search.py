@@ -297,7 +297,8 @@ class Search:
     def _layout(self, group: Candidates, row: int, order: tuple[str, ...]) -> Layout:
         fixed = self.problem.fixed
         found = group.layout(row, {key: value for key, value in fixed.items() if key not in CHOSEN}, order)
-        idle = (*("schedule", "vpp") * (found.pp == 1), *("cp_method", "cp_ulysses") * (found.cp == 1))
+        # What is held of an axis of one rank has no effect, and stays as it was said.
+        idle = ("schedule", "vpp") * (found.pp == 1) + ("cp_method", "cp_ulysses") * (found.cp == 1)
         return replace(found, **{key: fixed[key] for key in idle if key in fixed})
 
     def _orders(self, group: Candidates, row: int) -> list[tuple[str, ...]]:
