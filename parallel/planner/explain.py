@@ -198,13 +198,13 @@ def smallest(problem: Problem) -> int | None:
         nearest = Search(replace(problem, topology=topology, positions=tuple(range(ranks)))).least()
         return nearest is not None and nearest.fits
 
-    few, many = problem.ranks, 1 << problem.ranks.bit_length()
+    many = 1 << problem.ranks.bit_length()
     while not fits(many):
         if many >= LARGEST:
             return None
-        few, many = many, 2 * many
+        many *= 2
     unit = -(-max(1, many // 32) // node) * node
-    between = range(few // unit * unit + unit, many, unit)
+    between = range(problem.ranks // unit * unit + unit, many, unit)
     return next((ranks for ranks in between if fits(ranks)), many)
 
 
