@@ -22,7 +22,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from parallel.planner import Problem, Search
-from parallel.planner.bounds import Bounds, coarse_bounds
+from parallel.planner.bounds import FineBounds, coarse_bounds
 from parallel.planner.cuts import cuts
 from parallel.planner.price import price
 from parallel.planner.shape import Candidates
@@ -57,11 +57,9 @@ def ranking(problem: Problem) -> tuple[float, float]:
         first = np.argsort(bounds)[:FIRST]
         own = {name: column[first] for name, column in rows.items()}
         base, owners = space.fine(pp, own)
-        weighed = Bounds(space, base, segments.take(own["cut"][owners]))
-        sharded = weighed.sharding(base.zero, True)
-        recomputed = weighed.recomputing(np.searchsorted(space.codes, base.recompute))
+        weighed = FineBounds(space, base, segments.take(own["cut"][owners]))
         for name, vpp in space.pipelines(pp):
-            seconds, held = weighed.scheduled(name, vpp, sharded, recomputed)
+            seconds, held = weighed.scheduled(name, vpp)
             ranked += int(np.isfinite(held).sum())
             best = np.argsort(seconds)[:PLAYED]
             if np.isfinite(held[best]).all():

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from parallel.planner.communication import Network
+from parallel.planner.communication import Group
 from parallel.planner.cuts import Tables
 from parallel.planner.memory import (
     ALONE,
@@ -24,13 +24,12 @@ from parallel.planner.memory import (
     LAYERS,
     communicators,
     enough,
-    heaviest,
-    largest,
+    flights,
     live,
     shares_ends,
 )
 from parallel.planner.price import ACROSS, NEAR, WHOLE, halves, travels
-from parallel.planner.shape import KINDS, Candidates, Column, Load
+from parallel.planner.shape import KINDS, Candidates, Column
 from parallel.planner.space import Space, runs
 from parallel.schedules import SPLIT
 
@@ -49,17 +48,17 @@ def coarse_bounds(
     filled = np.empty(found.shape)
     layers, flying = first_rank(space, pp, rows["micro_batches"])
     for part, bounds in _parts(space, pp, rows, tables):
-        recomputed = [bounds.recomputing(index) for index in range(len(space.codes))]
-        saved = [bounds.saved(each, flying[part]) for each in recomputed]
-        passes = [(bounds.pipeline(each), bounds.share @ each.backward) for each in recomputed]
-        for row, zero in enumerate(space.zeros):
-            legal, sharded = (whole[part] > 1) | (zero == 0) | ("zero" in problem.fixed), bounds.sharding(zero, False)
-            kept = bounds.kept(sharded, layers)
-            for column, (pipeline, backward) in enumerate(passes):
-                held = bounds.total(bounds.held(kept, saved[column]))
-                seconds = pipeline + bounds.behind(sharded, backward)
-                found[row, column, part] = np.where(legal & (held <= problem.machine.memory), seconds, np.inf)
-                filled[row, column, part] = held
+        sharded = [bounds.sharding(zero, False) for zero in space.zeros]
+        kept = [bounds.kept(each, layers) for each in sharded]
+        legal = [(whole[part] > 1) | (zero == 0) | ("zero" in problem.fixed) for zero in space.zeros]
+        for code in range(len(space.codes)):
+            recomputed = bounds.recomputing(code)
+            saved = bounds.saved(recomputed, flying[part])
+            held = np.stack([bounds.total(bounds.held(each, saved)) for each in kept])
+            fits = legal & (held <= problem.machine.memory)
+            pipeline, backward = bounds.pipeline(recomputed, fits.any(0)), bounds.share @ recomputed.backward
+            seconds = np.stack([bounds.step(pipeline, each, backward) for each in sharded])
+            found[:, code, part], filled[:, code, part] = np.where(fits, seconds, np.inf), held
     return found, filled
 
 
@@ -111,18 +110,42 @@ class Sharded(NamedTuple):
     """Bytes that a rank gathers of its largest segment, for each of its elements."""
 
 
-def slowest(
-    load: Load, split: bool, m: np.ndarray, forward: np.ndarray, backward: np.ndarray, weight: np.ndarray
-) -> np.ndarray:  # fmt: skip
-    """[N] seconds of the rank that is done last, by seconds [kinds, N] of one segment: all passes, behind the forwards
-    of the first micro-batch before it, and before the backwards of the last. Of backwards that are `split` the weights'
-    halves may come behind."""
-    own, before = load.own[load.last], load.before[load.last]
-    passes = forward + backward
-    if not split:
-        return (own @ passes * m + before @ passes).max(0)
-    inputs = passes - weight
-    return np.maximum(own @ inputs * m + before @ inputs, own @ passes * m + before @ forward).max(0)
+class Passes:
+    """Seconds that passes take and, between stages, messages: arrays [2 x kinds + 3, N] that go with `Load.busy`."""
+
+    def __init__(
+        self, forward: np.ndarray, backward: np.ndarray, weight: np.ndarray, message: np.ndarray, m: np.ndarray,
+        hidden: float,
+    ) -> None:  # fmt: skip
+        self.m, self.message, self.forward, self.both = m, message, forward, forward + backward
+        self.inputs, self.sent = self.both - weight, (1 - hidden) * message  # what keeps the ranks at both ends
+
+    @cached_property
+    def whole(self) -> np.ndarray:
+        """All passes, behind the forwards of the first micro-batch before, and before the backwards of the last."""
+        return self._joined(self.both, self.both, 2)
+
+    @cached_property
+    def through(self) -> np.ndarray:
+        """The same without the weights' halves of backwards."""
+        return self._joined(self.inputs, self.inputs, 2)
+
+    @cached_property
+    def behind(self) -> np.ndarray:
+        """All passes, behind the forwards of the first micro-batch before."""
+        return self._joined(self.both, self.forward, 1)
+
+    def _joined(self, own: np.ndarray, before: np.ndarray, ways: int) -> np.ndarray:
+        """`own` passes of every micro-batch, and one through the stages before, there or there and back."""
+        once = [before, [ways * self.sent], [ways * self.message]]
+        return np.concatenate([own * self.m, [2 * self.sent * self.m], *once])
+
+    def slowest(self, busy: np.ndarray, split: bool) -> np.ndarray:
+        """[N] seconds of the rank that is done last. Of backwards that are `split` the weights' halves may come behind
+        those that wait for them."""
+        if not split:
+            return (busy @ self.whole).max(0)
+        return np.maximum(busy @ self.through, busy @ self.behind).max(0)
 
 
 class Bounds:
@@ -141,6 +164,7 @@ class Bounds:
         self.used = [i for i in LAYERS if self.counts[i]]
         self.several = np.asarray(c.dp * c.cp > 1)
         self.copies = np.where(self.several, self.k.gradient_copies, min(self.k.gradient_copies, 1.0))
+        self.factor = problem.network.factor(problem.ranks, self.k.spread)
 
     def sharding(self, zero: Column, grouped: bool) -> Sharded:
         """What depends on the ZeRO stage, a number or a column. Where rows are not `grouped`, so that shard groups may
@@ -163,7 +187,7 @@ class Bounds:
             gradients, walks, gathered = self._travels(zero)
             update = update + gathered
         else:
-            gradients = np.where(zero == 0, 1.0, np.where(zero == 1, 0.5, 0.0)) * k.gradient_bytes * self.reduced
+            gradients = np.where(zero == 0, 1.0, np.where(zero == 1, 0.5, 0.0)) * self.reduced
         return Sharded(
             update,
             gradients,
@@ -173,15 +197,19 @@ class Bounds:
         )
 
     def _travels(self, zero: Column) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray], np.ndarray]:
-        """What `price` says of traffic over dp, but for its calls, and for what a pass hides that is long enough."""
-        k, scattered = self.k, self._halves(NEAR)
-        mean = self.share @ scattered
-        gradients = np.where(zero == 0, self.reduced, 2 * (self.share @ self._halves(ACROSS))) + (zero == 1) * mean
-        shown = scattered * (1 - k.hide_dp)
-        forward = (zero == 3) * k.message_bytes * shown
-        backward = forward + (zero >= 2) * k.gradient_bytes * shown
-        gathered = ((zero == 1) | (zero == 2)) * k.message_bytes * mean * (1 - k.hide_gather)
-        return k.gradient_bytes * gradients, (forward, backward), gathered
+        """What `price` says of traffic over dp, but for calls for experts behind the pipeline, and for what a pass
+        hides that is long enough."""
+        k, near, across = self.k, self._groups(NEAR), self._groups(ACROSS)
+        scattered, pieces = self._halves(near, NEAR), self._halves(across, ACROSS)
+        calls = (self.tables.elements > 0) * near[0].half_call + (self.tables.experts > 0) * near[1].half_call
+        mean, shown = self.share @ scattered, 1 - k.hide_dp
+        forward = (zero == 3) * (k.message_bytes * scattered + calls) * shown
+        backward = forward + (zero >= 2) * (k.gradient_bytes * scattered + calls) * shown
+        shared = 2 * (k.gradient_bytes * (self.share @ pieces) + across[0].half_call)
+        own = k.gradient_bytes * mean + near[0].half_call
+        gradients = np.where(zero == 0, self.reduced, shared + (zero == 1) * own)
+        gathered = ((zero == 1) | (zero == 2)) * (k.message_bytes * mean + near[0].half_call) * (1 - k.hide_gather)
+        return gradients, (forward, backward), gathered
 
     def recomputing(self, code: Column) -> Recomputed:
         """What depends on recompute: an index into those of the space, or a column of these."""
@@ -192,27 +220,25 @@ class Bounds:
         again, left = (table[code, :, rows].T for table in (t.again, t.left))
         return Recomputed(t.backward + again, left, t.coming[code, rows] / self.c.pp)
 
-    def pipeline(self, recomputed: Recomputed) -> np.ndarray:
-        """[N] seconds of the passes of a step, under the schedule that takes least."""
-        ways: dict[bytes, tuple[Load, bool]] = {}
+    def pipeline(self, recomputed: Recomputed, wanted: np.ndarray) -> np.ndarray:
+        """[N] seconds of the passes of a step, under the schedule that takes least; infinite where not `wanted`."""
+        ways: dict[bytes, tuple[np.ndarray, bool]] = {}
         for name, vpp in self.space.pipelines(self.c.pp):
-            found = self.problem.load(name, self.c.pp, vpp)
-            key = found.own.tobytes()
-            other, split = ways.get(key, (found, False))
-            ways[key] = found._replace(before=np.minimum(found.before, other.before)), split or name in SPLIT
-        times = self.c.micro_batches, self.tables.forward, recomputed.backward, self.tables.weight
-        return np.min([slowest(way, split, *times) for way, split in ways.values()], 0) * (1 - 1e-12)
+            load = self.problem.load(name, self.c.pp, vpp)
+            busy, split = ways.get(load.own.tobytes(), (load.busy, False))
+            ways[load.own.tobytes()] = np.minimum(busy, load.busy), split or name in SPLIT
+        found, rows, t = np.full(len(wanted), np.inf), np.flatnonzero(wanted), self.tables
+        columns = (t.forward, recomputed.backward, t.weight, t.message, self.c.micro_batches)
+        passes = Passes(*(column.take(rows, -1) for column in columns), self.k.hide_pp)
+        found[rows] = np.min([passes.slowest(*way) for way in ways.values()], 0)
+        return found
 
-    def _slowest(self, name: str, vpp: int, split: bool, forward: np.ndarray, backward: np.ndarray) -> np.ndarray:
-        times = forward, backward, self.tables.weight
-        return slowest(self.problem.load(name, self.c.pp, vpp), split, self.c.micro_batches, *times) * (1 - 1e-12)
-
-    def behind(self, sharded: Sharded, backward: np.ndarray) -> np.ndarray:
-        """[N] seconds behind the pipeline: gradients that a `backward` of so many seconds does not hide, and the
-        optimizer."""
+    def step(self, pipeline: np.ndarray, sharded: Sharded, backward: np.ndarray) -> np.ndarray:
+        """[N] seconds of a step: its passes, what of the gradients' travel a `backward` of so many seconds does not
+        hide, and the optimizer."""
         gradients = sharded.gradients
         exposed = np.maximum(gradients - backward, gradients * (1 - self.k.hide_dp))
-        return exposed + sharded.update
+        return (pipeline + exposed + sharded.update) * (self.factor * (1 - 1e-12))
 
     def kept(self, sharded: Sharded, layers: float) -> tuple[np.ndarray, np.ndarray]:
         """[N] bytes of weights, gradients and moments of ranks on average, and of the first, with so many layers."""
@@ -232,39 +258,6 @@ class Bounds:
         """[N] bytes of the fullest rank under any schedule."""
         return np.maximum(kept[0] + saved[0], kept[1] + saved[1])
 
-    def scheduled(
-        self, name: str, vpp: int, sharded: Sharded, recomputed: Recomputed
-    ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-        """[N] seconds of a step, and bytes of the fullest rank, under one schedule; bytes are infinite where it cannot
-        run, and seconds where these do not fit."""
-        c = replace(self.c, schedule=name, vpp=vpp)
-        seconds, legal = np.full(len(c), np.inf), runs(name, c.pp, c.micro_batches)
-        if not legal.any():
-            return seconds, seconds
-        parts, load = self.problem.contents(c.stages), self.problem.load(name, c.pp, vpp)
-        ranks = heaviest(replace(c, micro_batches=c.micro_batches[legal]), parts, self.shared)
-        own = load.own[ranks]
-        stored = own.copy()
-        if self.shared:
-            stored[:, EMBEDDING] *= (own[:, EMBEDDING] == 0) | (own[:, HEAD] == 0)
-        held = stored @ sharded.state
-        numbers = np.minimum(c.micro_batches, enough(name, c.pp))
-        for m in np.unique(numbers[legal]):
-            same = numbers == m
-            held[:, same] += live(name, c.pp, vpp, int(m))[ranks] @ load.stages @ recomputed.left[:, same]
-        if np.any(sharded.gathered):
-            held = held + largest(self.sizes.T, own.T).T * sharded.gathered
-        total = np.where(legal, self.total(held.max(0)), np.inf)
-        fits = total <= self.problem.machine.memory
-        if fits.any():
-            forward, backward = sharded.walks
-            times = self.tables.forward + forward, recomputed.backward + backward
-            found = self._slowest(name, vpp, name in SPLIT, *times) + self.behind(
-                sharded, self.share @ recomputed.backward
-            )
-            seconds[fits] = found[fits]
-        return seconds, total
-
     def total(self, held: np.ndarray) -> np.ndarray:
         """[N] bytes, with what every rank takes."""
         return held * (1 + self.k.fragments) + self.fixed
@@ -273,13 +266,17 @@ class Bounds:
     def fixed(self) -> np.ndarray:
         return GIB * (self.k.reserve + self.k.buffers * communicators(replace(self.c, zero=0)))
 
-    def _halves(self, which: int) -> np.ndarray:
-        groups = travels(self.c, Network(self.problem.machine, self.k), which)
+    def _groups(self, which: int) -> tuple[Group, Group]:
+        return travels(self.c, self.problem.network, which)
+
+    def _halves(self, groups: tuple[Group, Group], which: int) -> np.ndarray:
         return halves(self.c, groups, which, self.tables.elements, self.tables.experts)
 
     @cached_property
     def reduced(self) -> np.ndarray:
-        return 2 * (self.share @ self._halves(WHOLE))
+        """[N] seconds of an all-reduce of gradients over all ranks."""
+        groups = self._groups(WHOLE)
+        return 2 * (self.k.gradient_bytes * (self.share @ self._halves(groups, WHOLE)) + groups[0].half_call)
 
     @cached_property
     def sizes(self) -> np.ndarray:
@@ -291,6 +288,51 @@ class Bounds:
         """[kinds, N]: of a segment's weights, what one rank updates under ZeRO."""
         shards, experts = (np.maximum(column, 1) for column in (self.c.shards, self.c.expert_shards))
         return self.tables.elements / shards + self.tables.experts / experts
+
+
+class FineBounds(Bounds):
+    """Bounds of columns of which the schedule alone is open."""
+
+    def __init__(self, space: Space, c: Candidates, tables: Tables) -> None:
+        super().__init__(space, c, tables)
+        self.sharded = self.sharding(c.zero, True)
+        self.recomputed = self.recomputing(np.searchsorted(space.codes, c.recompute))
+        (forward, backward), own = self.sharded.walks, self.recomputed.backward
+        times = tables.forward + forward, own + backward, tables.weight, tables.message
+        self.passes, self.backward = Passes(*times, c.micro_batches, self.k.hide_pp), self.share @ own
+
+    def scheduled(self, name: str, vpp: int) -> tuple[np.ndarray, np.ndarray]:
+        """[N] seconds of a step, and bytes of the fullest rank, under one schedule; bytes are infinite where it cannot
+        run, and seconds where these do not fit."""
+        c = replace(self.c, schedule=name, vpp=vpp)
+        seconds, legal = np.full(len(c), np.inf), runs(name, c.pp, c.micro_batches)
+        if not legal.any():
+            return seconds, seconds
+        total = np.where(legal, self.total(self._fullest(c, legal)), np.inf)
+        fits = total <= self.problem.machine.memory
+        if fits.any():
+            pipeline = self.passes.slowest(self.problem.load(name, c.pp, vpp).busy, name in SPLIT)
+            seconds[fits] = self.step(pipeline, self.sharded, self.backward)[fits]
+        return seconds, total
+
+    def _fullest(self, c: Candidates, legal: np.ndarray) -> np.ndarray:
+        """[N] bytes of the fullest rank under the schedule of `c`, where it is `legal`."""
+        load = self.problem.load(c.schedule, c.pp, c.vpp)
+        found = flights(replace(c, micro_batches=c.micro_batches[legal]))
+        ranks = self.problem.heaviest(c.schedule, c.pp, c.vpp, found)
+        own = load.own[ranks]
+        stored = own.copy()
+        if self.shared:
+            stored[:, EMBEDDING] *= (own[:, EMBEDDING] == 0) | (own[:, HEAD] == 0)
+        held = stored @ self.sharded.state
+        numbers = np.minimum(c.micro_batches, enough(c.schedule, c.pp))
+        for m in found:
+            same = numbers == m
+            flying = live(c.schedule, c.pp, c.vpp, m)[ranks] @ load.stages
+            held[:, same] += flying @ self.recomputed.left[:, same]
+        if np.any(self.sharded.gathered):
+            held += np.stack([self.sizes[row > 0].max(0) for row in own]) * self.sharded.gathered
+        return held.max(0)
 
 
 def _least(table: np.ndarray, kinds: list[int]) -> np.ndarray:

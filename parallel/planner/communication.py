@@ -17,7 +17,7 @@ import numpy as np
 from parallel.mesh import Mesh
 from parallel.planner.constants import Constants
 from parallel.planner.machine import ANYWHERE, Factors, Machine
-from parallel.planner.shape import Column
+from parallel.planner.shape import Column, distinct
 from parallel.topology import Level
 from parallel.traffic import Traffic
 
@@ -123,22 +123,24 @@ class Network:
         numbers = (*machine.bandwidth, *machine.latency, k.call, k.call_rank, k.call_far)
         self.uniform = not any(map(np.ndim, numbers))  # the same for all layouts
         self.server = server(machine.levels)
+        self._known: dict[int, tuple[float, ...]] = {}
+        """Prices of groups that consist of one factor, by `ANYWHERE` x size + stride."""
 
     def group(self, factors: Factors) -> Group:
-        """Of ranks that lie as `factors` say. Layouts of which many lie alike are priced once."""
+        """Of ranks that lie as `factors` say. Where there are many layouts, those that lie alike are priced once."""
         columns = [np.asarray(column) for factor in factors for column in factor]
         if not self.uniform or len(factors) > 1 or max(column.size for column in columns) < ALIKE:
             return self._group(factors)
-        size, stride = columns
-        if stride.ndim:
-            size, stride = np.broadcast_arrays(size, stride)
-            keys, alike = np.unique(size * ANYWHERE + stride, return_inverse=True)
-            size, stride = keys // ANYWHERE, keys % ANYWHERE
-        else:
-            there = np.bincount(size) > 0
-            size, alike = np.flatnonzero(there), (np.cumsum(there) - 1)[size]
-        found = self._group([(size, stride)])
-        return Group(*(np.broadcast_to(column, len(size))[alike] for column in found))
+        (sizes, size), (strides, stride) = map(distinct, np.broadcast_arrays(*columns))
+        pairs, alike = distinct(size * len(strides) + stride)
+        size, stride = sizes[pairs // len(strides)], strides[pairs % len(strides)]
+        keys = size * ANYWHERE + stride
+        new = np.array([i for i, key in enumerate(keys.tolist()) if key not in self._known], int)
+        if len(new):
+            found = self._group([(size[new], stride[new])])
+            rows = np.stack([np.broadcast_to(column, len(new)) for column in found], 1)
+            self._known.update(zip(keys[new].tolist(), rows, strict=True))
+        return Group(*np.stack([self._known[key] for key in keys.tolist()], 1)[:, alike])
 
     def _group(self, factors: Factors) -> Group:
         """One of each.
@@ -175,6 +177,15 @@ class Network:
     def all_to_all(self, size: Column, group: Group, calls: Column = 1) -> Column:
         """Each rank sends `size` bytes in all in equal parts to all of its group, itself included."""
         return size * group.exchange_byte + calls * group.exchange_call
+
+    def nearest(self, size: Column) -> Column:
+        """`size` [N] bytes from one rank to another at the level that costs least."""
+        levels = range(len(self.machine.levels))
+        return np.min([self.message(size, np.full(np.shape(size), level)) for level in levels], 0)
+
+    def factor(self, ranks: Column, spread: Column) -> Column:
+        """By which a step of so many ranks is longer: each doubling of the ranks above one server's adds `spread`."""
+        return 1 + spread * np.log2(np.maximum(ranks / self.machine.blocks[self.server], 1))
 
     def level_between(self, distance: Column, boundary: Column) -> Column:
         """Index of the level at which ranks `boundary` and `boundary` + 1 of a line meet, `distance` ranks apart."""

@@ -12,7 +12,7 @@ import numpy as np
 from parallel.planner.memory import LAYERS, Holding
 from parallel.planner.price import Pricing
 from parallel.planner.problem import Problem
-from parallel.planner.shape import KINDS, Candidates
+from parallel.planner.shape import KINDS, Candidates, distinct
 from parallel.planner.space import Space
 
 COLUMNS = ("tp", "cp", "ulysses", "ep", "etp", "micro_batch", "sequence_parallel")
@@ -40,6 +40,8 @@ class Tables(NamedTuple):
     """[codes, kinds, N]: bytes that a micro-batch leaves."""
     coming: np.ndarray
     """[codes, N]: bytes that come and go at least, somewhere."""
+    message: np.ndarray
+    """[N] seconds that the stream takes to another stage of a pipeline, at least."""
 
     def take(self, cuts: np.ndarray) -> Tables:
         """Those of some cuts."""
@@ -63,8 +65,8 @@ def _distinct(columns: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """(where each distinct row of some columns of small numbers occurs first, the index of that of every row)."""
     keys = np.zeros(len(columns[0]), np.int64)
     for column in columns:
-        there = np.bincount(column) > 0 if len(column) else np.zeros(1, bool)
-        keys = keys * max(1, int(there.sum())) + (np.cumsum(there) - 1)[column]
+        values, alike = distinct(column)
+        keys = keys * len(values) + alike
     return np.unique(keys, return_index=True, return_inverse=True)[1:]
 
 
@@ -86,6 +88,6 @@ def _tables(problem: Problem, codes: list[int], columns: dict[str, np.ndarray]) 
     backward = (pricing.input + pricing.weight).T
     found = (
         pricing.forward.T, backward, pricing.weight.T, np.stack(again), pricing.elements.T, pricing.experts.T,
-        holding.counted.T, np.stack(left), np.stack(coming),
+        holding.counted.T, np.stack(left), np.stack(coming), pricing.compute.network.nearest(pricing.sent),
     )  # fmt: skip
     return Tables(*map(np.ascontiguousarray, found))

@@ -16,7 +16,7 @@ import numpy as np
 from models.config import TALLIES
 from parallel import schedules
 from parallel.planner.constants import Constants
-from parallel.planner.shape import KINDS, RECOMPUTE, Candidates, Column, Contents, Shape, places
+from parallel.planner.shape import KINDS, RECOMPUTE, Candidates, Column, Contents, Load, Shape, distinct, places
 
 GIB = 2**30
 ANY_NUMBER = 2**62
@@ -290,16 +290,21 @@ def shares_ends(shape: Shape) -> Column:
     return np.asarray(shape.tied) | (np.asarray(shape.further) > 0)
 
 
-def heaviest(c: Candidates, parts: Contents, shared: bool) -> np.ndarray:
+def flights(c: Candidates) -> tuple[int, ...]:
+    """Numbers of micro-batches that `live` tells apart."""
+    return tuple(distinct(np.minimum(c.micro_batches, enough(c.schedule, c.pp)))[0].tolist())
+
+
+def heaviest(load: Load, schedule: str, pp: int, vpp: int, numbers: tuple[int, ...], shared: bool) -> np.ndarray:
     """Pipeline ranks of which, whatever the rest of a layout, one holds the most: no other has as many of every kind of
-    segments, and as many of them in flight. `shared` is whether both ends of the model use one matrix."""
-    counts, by_rank = _by_rank(c, parts)
-    numbers = np.unique(np.minimum(c.micro_batches, enough(c.schedule, c.pp)))
+    segments, and as many of them in flight with any of these `numbers` of micro-batches. `shared` is whether both ends
+    of the model use one matrix."""
+    own = load.own.T
     if shared:
-        by_rank = by_rank * np.where((by_rank[EMBEDDING] > 0) & (by_rank[HEAD] > 0), ALONE, 1)
-    held = np.concatenate([by_rank, *(counts @ live(c.schedule, c.pp, c.vpp, int(m)).T for m in numbers)]).T
+        own = own * np.where((own[EMBEDDING] > 0) & (own[HEAD] > 0), ALONE, 1)
+    held = np.concatenate([own, *(load.stages.T @ live(schedule, pp, vpp, m).T for m in numbers)]).T
     more = (held[:, None] >= held).all(2)  # [i, j]: i holds no less than j
-    first = np.arange(c.pp)[:, None] < np.arange(c.pp)
+    first = np.arange(pp)[:, None] < np.arange(pp)
     return np.flatnonzero(~(more & (~more.T | first)).any(0))
 
 

@@ -198,6 +198,11 @@ class Pricing:
         ]
 
     @cached_property
+    def sent(self) -> Column:
+        """[N] bytes of the stream that one stage of a pipeline hands to the next."""
+        return self.k.stream_bytes * self.compute.stream * self.shape.hidden
+
+    @cached_property
     def updates(self) -> np.ndarray:
         """[N, kinds]: AdamW reads and writes its state, weights and gradients once."""
         c, k = self.base, self.k
@@ -276,8 +281,7 @@ class _Stages:
         if c.pp > 2:  # from the last rank back to the first
             level = np.where(beside | (place == following), level, network.level_of_ends(distance, c.pp))
         level = np.broadcast_to(level, (len(c), c.stages - 1))
-        size = self.own(self.k.stream_bytes * self.base.compute.stream * self.base.shape.hidden)
-        seconds = network.message(np.broadcast_to(size, level.shape), level)
+        seconds = network.message(np.broadcast_to(self.own(self.base.sent), level.shape), level)
         return np.where(place == following, 0.0, seconds)
 
     def sends(self, transfer: np.ndarray) -> np.ndarray:
@@ -320,9 +324,8 @@ class _Stages:
         return exposed + gathered * (1 - self.own(k.hide_gather))
 
     def factor(self) -> np.ndarray:
-        """[N]: each doubling of the ranks above one node's adds `spread`."""
-        c, machine = self.c, self.base.machine
+        """[N]: by which ranks wait for the slowest."""
+        c = self.c
         ranks = np.broadcast_to(np.asarray(c.dp * c.cp * c.tp * c.pp, float), (len(c),))
-        nodes = np.maximum(ranks / machine.blocks[self.base.compute.network.server], 1)
         spread = np.broadcast_to(np.asarray(self.k.spread, float), (self.base.rows,))[self.rows]
-        return 1 + spread * np.log2(nodes)
+        return self.base.compute.network.factor(ranks, spread)

@@ -9,11 +9,15 @@ from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from typing import Any
 
+import numpy as np
+
 from models.checks import check, check_at_least
 from models.config import ModelConfig
 from parallel.layout import Layout
+from parallel.planner.communication import Network
 from parallel.planner.constants import Constants, Fit, constants, tables
 from parallel.planner.machine import Machine, machine
+from parallel.planner.memory import heaviest, shares_ends
 from parallel.planner.shape import Contents, Load, Shape, contents, load
 from parallel.topology import Level, Topology
 from parallel.traffic import DTYPE_BYTES
@@ -76,6 +80,10 @@ class Problem:
         return machine(usable(self.topology, self.positions), self.constants, self.peak)
 
     @cached_property
+    def network(self) -> Network:
+        return Network(self.machine, self.constants)
+
+    @cached_property
     def shape(self) -> Shape:
         return Shape.of(self.model)
 
@@ -88,6 +96,12 @@ class Problem:
     def load(self) -> Callable[..., Load]:
         """`shape.load` of the model, kept: of a schedule, pp and vpp."""
         return cache(partial(load, self.model))
+
+    @cached_property
+    def heaviest(self) -> Callable[[str, int, int, tuple[int, ...]], np.ndarray]:
+        """`memory.heaviest` of the model, kept: of a schedule, pp, vpp and `memory.flights`."""
+        shared = bool(shares_ends(self.shape))
+        return cache(lambda *pipeline: heaviest(self.load(*pipeline[:3]), *pipeline, shared))
 
     @cached_property
     def flops_per_token(self) -> int:

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from parallel.layout import ORDER, Layout
-from parallel.planner.bounds import Bounds, coarse_bounds, least_bytes
+from parallel.planner.bounds import FineBounds, coarse_bounds, least_bytes
 from parallel.planner.cuts import Tables, cuts
 from parallel.planner.evaluate import Estimate, evaluate
-from parallel.planner.memory import Holding, heaviest, shares_ends
+from parallel.planner.memory import Holding, flights
 from parallel.planner.price import Pricing
 from parallel.planner.problem import CHOSEN, Problem
 from parallel.planner.shape import ORDERS, Candidates, joined, nestings
@@ -28,11 +28,11 @@ from parallel.planner.space import Space, runs
 
 SEEDS = 32
 """Coarse rows of each pp that are refined before all others: what they lead to spares most of the rest."""
-CHUNKS = (512, 8192)
-"""Coarse rows that are refined together: at first, and at most; each time four times as many."""
-FRONT, REFINED, NOTED = 16, 16, 1
-"""Shares of the memory for which the front is looked for; of each, the coarse rows that are refined for it, and the
-fine ones that are simulated."""
+CHUNKS = (1024, 2048)
+"""Coarse rows that are refined together: at first, and then."""
+FRONT, REFINED = 16, 16
+"""Shares of the memory for which the front is looked for; of each, the coarse rows that are refined for it, of which
+one is simulated."""
 PLACED, SIMULATED = 128, 16
 """Fine rows that are placed, and layouts that are simulated, together."""
 LEAST = 1024
@@ -114,8 +114,8 @@ class Search:
     _known: dict[int, Estimate] = field(default_factory=dict)
     """The best of each fine row."""
     _number: int = 0
-    _front: dict[int, list[tuple[float, int, Candidates, int]]] = field(default_factory=dict)
-    """share of the memory -> the fine rows that may be fastest there: bound, number, and where they are."""
+    _front: dict[int, tuple[float, Candidates, int]] = field(default_factory=dict)
+    """share of the memory -> the fine row that may be fastest there: its bound, and where it is."""
     _least: float = 0.0
     """Bytes that no layout holds less than."""
 
@@ -140,7 +140,9 @@ class Search:
                 self._place()
             else:
                 self._refine(space, coarse, slice(position, position + chunk))
-                position, chunk = position + chunk, min(4 * chunk, CHUNKS[1])
+                position, chunk = position + chunk, CHUNKS[1]
+                self._place()  # the best of them may spare much of the rest
+                self._simulate()
         if not self.result.best:
             self.least()
         self.result.best.sort(key=lambda found: (found.step, found.peak))
@@ -215,13 +217,11 @@ class Search:
 
     def _weigh(self, space: Space, base: Candidates, segments: Tables) -> None:
         """Time and memory of `base` under every schedule."""
-        bounds, result = Bounds(space, base, segments), self.result
-        codes = np.searchsorted(space.codes, base.recompute)
-        sharded, recomputed = bounds.sharding(base.zero, True), bounds.recomputing(codes)
+        bounds, result = FineBounds(space, base, segments), self.result
         limit = np.inf if self.exhaustive else self._limit()
         for name, vpp in space.pipelines(base.pp):
             result.ranked += int(runs(name, base.pp, base.micro_batches).sum())
-            seconds, held = bounds.scheduled(name, vpp, sharded, recomputed)
+            seconds, held = bounds.scheduled(name, vpp)
             fits = np.flatnonzero(held <= self.problem.machine.memory)
             result.fitting += len(fits)
             group = replace(base, schedule=name, vpp=vpp)
@@ -231,17 +231,12 @@ class Search:
                 heapq.heappush(self._queue, Fine(float(seconds[row]), float(held[row]), self._number, group, row))
 
     def _note_front(self, group: Candidates, seconds: np.ndarray, held: np.ndarray, rows: np.ndarray) -> None:
-        """Of each share of the memory, the rows whose bounds are least."""
-        shares = self._shares(held[rows])
-        for share in np.unique(shares):
-            own = rows[shares == share]
-            known = self._front.setdefault(int(share), [])
-            own = own[seconds[own] < (known[-1][0] if len(known) == NOTED else np.inf)]
-            for row in own[np.argsort(seconds[own])[:NOTED]].tolist():
-                self._number += 1
-                known.append((float(seconds[row]), self._number, group, row))
-            known.sort(key=lambda noted: noted[:2])
-            del known[NOTED:]
+        """Of each share of the memory, the row whose bound is least."""
+        shares, own, least = self._shares(held[rows]), seconds[rows], np.full(FRONT, np.inf)
+        np.minimum.at(least, shares, own)
+        for share in np.flatnonzero(least < [self._front.get(share, (np.inf,))[0] for share in range(FRONT)]).tolist():
+            first = int(np.argmax((shares == share) & (own == least[share])))
+            self._front[share] = float(least[share]), group, int(rows[first])
 
     def _simulate_front(self, space: Space, coarse: Coarse) -> list[Estimate]:
         """Those of the rows noted, and of the best, that no other beats in both time and memory; by memory."""
@@ -252,7 +247,7 @@ class Search:
             base, index = space.fine(pp, own)
             self._weigh(space, base, coarse.segments.take(own["cut"][index]))
         self.result.ranked, self.result.fitting = counted
-        noted = [(group, row) for known in self._front.values() for _, _, group, row in known]
+        noted = [(group, row) for _, group, row in self._front.values()]
         layouts = [self._layout(*place, self._orders(*place)[0]) for place in noted]
         noted = [found for found in evaluate(self.problem, layouts) if found.fits]
         known = sorted([*self.result.best, *noted], key=lambda e: (e.peak, e.step))
@@ -287,7 +282,7 @@ class Search:
         holding = Holding(self.problem.shape, self.problem.seq_len, base, self.problem.constants)
         for group, taken in space.scheduled(base):
             parts = self.problem.contents(group.stages)
-            ranks = heaviest(group, parts, bool(shares_ends(self.problem.shape)))
+            ranks = self.problem.heaviest(group.schedule, group.pp, group.vpp, flights(group))
             total = holding.memory(group, parts, taken, ranks=ranks).total.max(1)
             row = int(total.argmin())
             if self.result.nearest is None or total[row] < self.result.nearest.peak:
@@ -364,7 +359,7 @@ class Search:
         for (schedule, pp, vpp), own in _alike([fine.group for fine in batch]).items():
             c = replace(free.take(own), schedule=schedule, pp=pp, vpp=vpp)
             parts = problem.contents(c.stages)
-            ranks = heaviest(c, parts, bool(shares_ends(problem.shape)))
+            ranks = problem.heaviest(schedule, pp, vpp, flights(c))
             held = holding.memory(c, parts, own, ranks=ranks).total.max(1)
             found += [batch[number] for number in own[held <= problem.machine.memory]]
         return found

@@ -191,6 +191,13 @@ def candidate(layout: Layout, global_batch: int) -> Candidates:
     return Candidates(schedule, layout.pp, vpp, **columns)
 
 
+def distinct(column: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The values of a column of small numbers, ascending, and the index of every entry's: `numpy.unique` without a
+    sort."""
+    there = np.bincount(column) > 0
+    return np.flatnonzero(there), (np.cumsum(there) - 1)[column]
+
+
 def joined(rows: Sequence[Candidates]) -> Candidates:
     """Columns one behind the other, of one schedule, pp and vpp; or, for what does not depend on these, pp as a column
     too."""
@@ -245,10 +252,10 @@ class Load(NamedTuple):
 
     own: np.ndarray
     """[pp, kinds] segments."""
-    before: np.ndarray
-    """[pp, kinds]: those of the stages that the first micro-batch goes through before."""
-    last: np.ndarray
-    """Of ranks that hold the same, the last one."""
+    busy: np.ndarray
+    """[ranks, 2 x kinds + 3], of ranks that hold the same the last one: its own segments, and the messages between two
+    ranks that a micro-batch takes in one direction to and from them, halved; then, of the stages that the first
+    micro-batch goes through before, the segments, these messages, and how many stages they are."""
     stages: np.ndarray
     """[stages, kinds]: what each virtual stage holds."""
 
@@ -257,7 +264,11 @@ def load(config: ModelConfig, schedule: str, pp: int, vpp: int) -> Load:
     """Of a schedule."""
     parts = contents(config, pp * vpp)
     counts = np.stack([parts.counts(kind) for kind in KINDS], -1)
-    place, _ = places(schedule, pp, pp * vpp + 1)
+    place, following = places(schedule, pp, pp * vpp + 1)
+    crossed = place[:-1] != following[:-1]
     own = (place[:, None] == np.arange(pp)).T @ counts
+    sends = sum(np.bincount(side[:-1][crossed], minlength=pp) for side in (place, following)) / 2
+    held = np.column_stack([own, sends])
+    through = np.column_stack([counts[:pp], sends, np.ones(pp)])
     _, last = np.unique(own[::-1], axis=0, return_index=True)
-    return Load(own, np.cumsum(counts[:pp], 0) - counts[:pp], pp - 1 - last, counts)
+    return Load(own, np.hstack([held, np.cumsum(through, 0) - through])[pp - 1 - last], counts)

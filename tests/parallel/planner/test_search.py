@@ -12,10 +12,10 @@ from models.checks import ConfigError
 from models.shapes import PredictionConfig
 from parallel.layout import ORDER, Layout
 from parallel.planner import Plan, Search, evaluate
-from parallel.planner.bounds import Bounds, coarse_bounds
+from parallel.planner.bounds import FineBounds, coarse_bounds
 from parallel.planner.cuts import cuts
 from parallel.planner.explain import break_even, difference, lost_by, scaled, sensitivity, smallest, verdict
-from parallel.planner.memory import Holding, heaviest, shares_ends
+from parallel.planner.memory import Holding, flights
 from parallel.planner.shape import contents
 from parallel.planner.space import Space
 
@@ -49,11 +49,9 @@ def test_no_layout_beats_the_bounds_of_its_rows(name):
     for pp, rows in found:
         coarse, filled = coarse_bounds(space, pp, rows, segments)
         base, owners = space.fine(pp, rows)
-        bounds = Bounds(space, base, segments.take(rows["cut"][owners]))
-        sharded = bounds.sharding(base.zero, True)
-        recomputed = bounds.recomputing(np.searchsorted(space.codes, base.recompute))
+        bounds = FineBounds(space, base, segments.take(rows["cut"][owners]))
         for group, taken in space.scheduled(base):
-            seconds, held = bounds.scheduled(group.schedule, group.vpp, sharded, recomputed)
+            seconds, held = bounds.scheduled(group.schedule, group.vpp)
             for row in range(0, len(group), 5):
                 estimate = evaluate(question, [group.layout(row, {}, ORDER)])[0]
                 layout, own = estimate.layout, taken[row]
@@ -74,13 +72,13 @@ def test_no_layout_beats_the_bounds_of_its_rows(name):
 def test_the_fullest_rank_is_among_those_that_are_looked_at(name):
     question = QUESTIONS[name]
     space, k = Space(question), question.constants
-    shared, fewer = bool(shares_ends(question.shape)), 0
+    fewer = 0
     for pp, rows in space.coarse():
         base, _ = space.fine(pp, rows)
         holding = Holding(question.shape, question.seq_len, base, k)
         for group, taken in space.scheduled(base):
             parts = contents(question.model, group.stages)
-            ranks = heaviest(group, parts, shared)
+            ranks = question.heaviest(group.schedule, pp, group.vpp, flights(group))
             every, some = (holding.memory(group, parts, taken, ranks=own).total.max(1) for own in (None, ranks))
             assert np.array_equal(every, some)
             fewer += len(ranks) < pp
