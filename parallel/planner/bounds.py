@@ -104,8 +104,9 @@ class Sharded(NamedTuple):
     """Seconds that they travel behind the last micro-batch."""
     walks: tuple[Column, Column]
     """[kinds, N] seconds that weights and gradients travel in a forward and a backward of one segment."""
-    state: np.ndarray
-    """[kinds, N] bytes of weights, gradients and the optimizer's state, and of a micro-batch's gradients beside."""
+    each: tuple[np.ndarray, np.ndarray, np.ndarray]
+    """Bytes of weights, gradients and the optimizer's state, and of a micro-batch's gradients beside, for each element:
+    of a segment, of the piece of it that a rank updates, and of what has no moments (less than none)."""
     gathered: np.ndarray
     """Bytes that a rank gathers of its largest segment, for each of its elements."""
 
@@ -171,16 +172,15 @@ class Bounds:
         be any, what travels in these costs nothing."""
         k, c = self.k, self.c
         zero = np.where(self.several, zero, 0)
-        sizes, counted = self.sizes, self.tables.counted
-        pieces = np.where(zero > 0, self.pieces, sizes)
+        split, (sizes, pieces) = zero > 0, self.shares
         moved = 2 * (k.optimizer_bytes + k.own_bytes) + k.gradient_bytes + k.weight_bytes
-        update = self.share @ pieces * k.optimizer * moved
+        update = np.where(split, pieces, sizes) * k.optimizer * moved
         accumulates = (c.micro_batches > 1) | (c.pp > 1) | (zero == 3)
         owned = k.optimizer_bytes + np.where((zero == 1) | (zero == 2), k.own_bytes, 0.0)
         owned = owned + np.where(zero == 3, k.weight_bytes, 0.0) + (zero >= 2) * accumulates * k.gradient_bytes
         whole = k.weight_bytes * (1 + self.copies) + (zero < 2) * accumulates * k.gradient_bytes
-        shards = np.where(zero > 0, np.maximum(c.shards, 1), 1)
-        state = np.where(zero == 3, 0.0, whole) * sizes + pieces * owned - counted * (k.optimizer_bytes / shards)
+        whole = np.where(zero == 3, 0.0, whole) + np.where(split, 0.0, owned)
+        spared = k.optimizer_bytes / np.where(split, np.maximum(c.shards, 1), 1)
         update = update / (self.problem.machine.memory_bandwidth * k.memory) + k.step
         walks: tuple[Column, Column] = (0.0, 0.0)
         if grouped:
@@ -188,13 +188,8 @@ class Bounds:
             update = update + gathered
         else:
             gradients = np.where(zero == 0, 1.0, np.where(zero == 1, 0.5, 0.0)) * self.reduced
-        return Sharded(
-            update,
-            gradients,
-            walks,
-            state,
-            np.where(zero == 3, k.weight_bytes * (1 + self.copies), 0.0),
-        )
+        each = whole, np.where(split, owned, 0.0), -spared
+        return Sharded(update, gradients, walks, each, np.where(zero == 3, k.weight_bytes * (1 + self.copies), 0.0))
 
     def _travels(self, zero: Column) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray], np.ndarray]:
         """What `price` says of traffic over dp, but for calls for experts behind the pipeline, and for what a pass
@@ -242,7 +237,7 @@ class Bounds:
 
     def kept(self, sharded: Sharded, layers: float) -> tuple[np.ndarray, np.ndarray]:
         """[N] bytes of weights, gradients and moments of ranks on average, and of the first, with so many layers."""
-        mean, first = self.stored @ sharded.state, layers * _least(sharded.state, self.used)
+        mean, first = _summed(sharded.each, self.on_average), layers * _summed(sharded.each, self.of_layers).min(0)
         if self.c.pp == 1:
             gathered = self.sizes[self.counts > 0].max(0) * sharded.gathered
             return mean + gathered, first + gathered
@@ -284,10 +279,25 @@ class Bounds:
         return self.tables.elements + self.tables.experts
 
     @cached_property
-    def pieces(self) -> np.ndarray:
-        """[kinds, N]: of a segment's weights, what one rank updates under ZeRO."""
+    def elements(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """[kinds, N] of a segment: all its weights, what one rank updates of them under ZeRO, those without moments."""
         shards, experts = (np.maximum(column, 1) for column in (self.c.shards, self.c.expert_shards))
-        return self.tables.elements / shards + self.tables.experts / experts
+        return self.sizes, self.tables.elements / shards + self.tables.experts / experts, self.tables.counted
+
+    @cached_property
+    def shares(self) -> tuple[np.ndarray, np.ndarray]:
+        """[N] of a rank on average: its weights, and what it updates of them under ZeRO."""
+        return self.share @ self.elements[0], self.share @ self.elements[1]
+
+    @cached_property
+    def on_average(self) -> tuple[np.ndarray, ...]:
+        """[N]: `elements` of a rank on average, as they are stored."""
+        return tuple(self.stored @ table for table in self.elements)
+
+    @cached_property
+    def of_layers(self) -> tuple[np.ndarray, ...]:
+        """[kinds of layers, N]: `elements` of the layers that the model has."""
+        return tuple(table[self.used] for table in self.elements)
 
 
 class FineBounds(Bounds):
@@ -299,6 +309,7 @@ class FineBounds(Bounds):
         self.recomputed = self.recomputing(np.searchsorted(space.codes, c.recompute))
         (forward, backward), own = self.sharded.walks, self.recomputed.backward
         times = tables.forward + forward, own + backward, tables.weight, tables.message
+        self.state = _summed(self.sharded.each, self.elements)
         self.passes, self.backward = Passes(*times, c.micro_batches, self.k.hide_pp), self.share @ own
 
     def scheduled(self, name: str, vpp: int) -> tuple[np.ndarray, np.ndarray]:
@@ -324,7 +335,7 @@ class FineBounds(Bounds):
         stored = own.copy()
         if self.shared:
             stored[:, EMBEDDING] *= (own[:, EMBEDDING] == 0) | (own[:, HEAD] == 0)
-        held = stored @ self.sharded.state
+        held = stored @ self.state
         numbers = np.minimum(c.micro_batches, enough(c.schedule, c.pp))
         for m in found:
             same = numbers == m
@@ -333,6 +344,12 @@ class FineBounds(Bounds):
         if np.any(self.sharded.gathered):
             held += np.stack([self.sizes[row > 0].max(0) for row in own]) * self.sharded.gathered
         return held.max(0)
+
+
+def _summed(each: tuple[np.ndarray, ...], elements: tuple[np.ndarray, ...]) -> np.ndarray:
+    """Bytes of some elements, of which each has so many."""
+    (whole, piece, counted), (a, b, c) = each, elements
+    return a * whole + b * piece + c * counted
 
 
 def _least(table: np.ndarray, kinds: list[int]) -> np.ndarray:

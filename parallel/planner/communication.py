@@ -53,7 +53,7 @@ ALGORITHMS: Mapping[str, Algorithm] = {
 }
 """By the name that `HCCL_ALGO` knows; NB costs what NHR does."""
 
-ALIKE = 256
+ALIKE = 8
 """Layouts from which on it is worth while to look for those that lie alike."""
 INSIDE, BETWEEN = "mesh", "NHR"
 """What runs inside a server (level 0), and between servers or supernodes (levels 1 and 2): of what may run there
