@@ -342,9 +342,10 @@ class Search:
         for (schedule, pp, vpp), own in _alike([batch[number].group for number in numbers]).items():
             c = replace(base.take(own), schedule=schedule, pp=pp, vpp=vpp)
             prices = pricing.prices(c, problem.contents(c.stages), own)
-            kept = _undominated(np.array(numbers)[own], prices.everything)
             rough = prices.rough
-            for row in kept[rough[kept] < limit].tolist():
+            below = np.flatnonzero(rough < limit)
+            kept = below[_undominated(np.array(numbers)[own[below]], prices.everything[below])]
+            for row in kept.tolist():
                 fine, self._number = batch[numbers[own[row]]], self._number + 1
                 bound = max(fine.bound, float(rough[row]))
                 placed = Placed(bound, fine.memory, self._number, fine.number, fine.group, fine.row, orders[own[row]])
@@ -383,4 +384,4 @@ def _undominated(owners: np.ndarray, costs: np.ndarray) -> np.ndarray:
         least = (own[:, None] <= own).all(2)  # [i, j]: i costs no more than j
         needless = least & (~least.T | (rows[:, None] < rows))
         kept.append(rows[~needless.any(0)])
-    return np.concatenate(kept)
+    return np.concatenate([np.empty(0, int), *kept])
