@@ -95,7 +95,7 @@ class Problem:
     @cached_property
     def load(self) -> Callable[..., Load]:
         """`shape.load` of the model, kept: of a schedule, pp and vpp."""
-        return cache(partial(load, self.model))
+        return cache(lambda schedule, pp, vpp: load(self.contents(pp * vpp), schedule, pp, vpp))
 
     @cached_property
     def heaviest(self) -> Callable[[str, int, int, tuple[int, ...]], np.ndarray]:

@@ -176,7 +176,7 @@ class Search:
             numbers.append(kept)
             tables.append((pp, {**rows, "bounds": found.transpose(2, 0, 1)}))
         order = np.argsort(np.concatenate(bounds), kind="stable")
-        ahead = np.concatenate([np.argsort(np.argsort(part, kind="stable")) < SEEDS for part in bounds])[order]
+        ahead = np.concatenate([_first(part, SEEDS) for part in bounds])[order]
         order = np.concatenate([order[ahead], order[~ahead]])
         columns = (np.concatenate(parts)[order] for parts in (bounds, owners, numbers))
         return Coarse(segments, tables, *columns, int(ahead.sum()), self._small(both))
@@ -364,6 +364,14 @@ class Search:
             held = holding.memory(c, parts, own, ranks=ranks).total.max(1)
             found += [batch[number] for number in own[held <= problem.machine.memory]]
         return found
+
+
+def _first(values: np.ndarray, count: int) -> np.ndarray:
+    """Whether each value is among the `count` least."""
+    found = np.full(len(values), len(values) <= count)
+    if len(values) > count:
+        found[np.argpartition(values, count)[:count]] = True
+    return found
 
 
 def _alike(groups: list[Candidates]) -> dict[tuple[str, int, int], np.ndarray]:

@@ -260,9 +260,8 @@ class Load(NamedTuple):
     """[stages, kinds]: what each virtual stage holds."""
 
 
-def load(config: ModelConfig, schedule: str, pp: int, vpp: int) -> Load:
-    """Of a schedule."""
-    parts = contents(config, pp * vpp)
+def load(parts: Contents, schedule: str, pp: int, vpp: int) -> Load:
+    """Of a schedule whose virtual stages hold `parts`."""
     counts = np.stack([parts.counts(kind) for kind in KINDS], -1)
     place, following = places(schedule, pp, pp * vpp + 1)
     crossed = place[:-1] != following[:-1]
