@@ -27,7 +27,7 @@ setup(
     packages=find_packages(include=["trainer*", "parallel*", "models*", "recipes*"]),
     package_data={"recipes": ["**/*.yaml"], "models.kernels": ["csrc/*"], "parallel.collectives": ["csrc/*"]},
     install_requires=[line for line in (ROOT / "requirements.txt").read_text().split("\n") if line],
-    entry_points={"console_scripts": ["busway=trainer.cli:main"]},
+    entry_points={"console_scripts": ["busway=trainer.__main__:main"]},
     ext_modules=[
         build["operators"]("models.kernels._native", "models/kernels/csrc"),
         build["operators"]("parallel.collectives._mpi_ops", "parallel/collectives/csrc", include_dirs=mpi_headers()),

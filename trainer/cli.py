@@ -66,7 +66,3 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         traceback.print_exc()
         return exit_code_of(error)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from parallel.layout import Layout
+from trainer import __main__ as entry
 from trainer import cli, machine, run_directory
 from trainer.compose import compose_recipe
 from trainer.data.indexed import IndexedWriter
@@ -296,6 +298,17 @@ def test_a_failed_start_leaves_no_run_directory_behind(fails, small_recipe, tmp_
     """The corrected command must not be told that its directory exists already."""
     fails(3, "train.name=mine", "model.layers=100000")
     assert not (tmp_path / "runs" / "mine").exists()
+
+
+def test_ctrl_c_while_modules_are_read_ends_the_command_without_a_word(monkeypatch, capfd):
+    def interrupted(name, *_):
+        if name == "trainer.cli":
+            raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "trainer.cli")
+    monkeypatch.setattr(sys, "meta_path", [SimpleNamespace(find_spec=interrupted), *sys.meta_path])
+    assert entry.main() == 130
+    assert capfd.readouterr() == ("", "")
 
 
 def test_memory_of_a_device_is_held_against_the_topology(small_recipe):

@@ -137,7 +137,7 @@ def test_without_mpiexec_one_line_says_so(capsys, tmp_path, monkeypatch):
 
 def start(folder, *words):
     """The command, in a folder of its own."""
-    command = [sys.executable, "-P", "-m", "trainer.cli", "topology", "probe", "--ranks", "2", *words]
+    command = [sys.executable, "-P", "-m", "trainer", "topology", "probe", "--ranks", "2", *words]
     environ = {**os.environ, "TMPDIR": str(folder)}
     return subprocess.Popen(command, cwd=folder, env=environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
