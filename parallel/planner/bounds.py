@@ -37,15 +37,22 @@ CHUNK = 16384
 """Rows that are bounded together: enough to outweigh a call, few enough for the cache."""
 
 
-def coarse_bounds(
-    space: Space, pp: int, rows: dict[str, np.ndarray], tables: Tables
-) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+class Filled(NamedTuple):
+    """Of those rows that may fit, with a ZeRO stage and a recompute each, [K]."""
+
+    row: np.ndarray
+    seconds: np.ndarray
+    bytes: np.ndarray
+    """Of the fullest rank."""
+
+
+def coarse_bounds(space: Space, pp: int, rows: dict[str, np.ndarray], tables: Tables) -> tuple[np.ndarray, Filled]:
     """Of coarse rows (`cuts`) with each ZeRO stage and recompute of the space, under any schedule, the seconds of a
-    step, infinite where it does not fit, and the bytes of the fullest rank: [zeros, codes, N]."""
+    step, [zeros, codes, N], infinite where it does not fit; and, where it does, the bytes too."""
     problem = space.problem
     whole = rows["dp"] * rows["cp"]
     found = np.full((len(space.zeros), len(space.codes), len(whole)), np.inf)
-    filled = np.empty(found.shape)
+    filled = [Filled(np.empty(0, int), np.empty(0), np.empty(0))]
     layers, flying = first_rank(space, pp, rows["micro_batches"])
     for part, bounds in _parts(space, pp, rows, tables):
         sharded = [bounds.sharding(zero, False) for zero in space.zeros]
@@ -58,8 +65,9 @@ def coarse_bounds(
             fits = legal & (held <= problem.machine.memory)
             pipeline, backward = bounds.pipeline(recomputed, fits.any(0)), bounds.share @ recomputed.backward
             seconds = np.stack([bounds.step(pipeline, each, backward) for each in sharded])
-            found[:, code, part], filled[:, code, part] = np.where(fits, seconds, np.inf), held
-    return found, filled
+            filled.append(Filled(np.nonzero(fits)[1] + part.start, seconds[fits], held[fits]))
+            np.copyto(found[:, code, part], seconds, where=fits)
+    return found, Filled(*map(np.concatenate, zip(*filled, strict=True)))
 
 
 def least_bytes(space: Space, pp: int, rows: dict[str, np.ndarray], tables: Tables) -> np.ndarray:

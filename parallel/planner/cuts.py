@@ -5,6 +5,7 @@ Cuts that differ in these alone are priced once for the whole search.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -57,7 +58,7 @@ def cuts(space: Space) -> tuple[list[tuple[int, dict[str, np.ndarray]]], Tables]
     own = [{**rows, "cut": alike[end - len(rows["tp"]) : end]} for (_, rows), end in zip(coarse, ends, strict=True)]
     chunks = [first[start : start + CHUNK] for start in range(0, max(1, len(first)), CHUNK)]
     parts = [_tables(space.problem, space.codes, {name: columns[name][chunk] for name in COLUMNS}) for chunk in chunks]
-    tables = Tables(*(np.concatenate(own, -1) for own in zip(*parts, strict=True)))
+    tables = Tables(*(_side_by_side(own) for own in zip(*parts, strict=True)))
     return [(pp, rows) for (pp, _), rows in zip(coarse, own, strict=True)], tables
 
 
@@ -90,4 +91,10 @@ def _tables(problem: Problem, codes: list[int], columns: dict[str, np.ndarray]) 
         pricing.forward.T, backward, pricing.weight.T, np.stack(again), pricing.elements.T, pricing.experts.T,
         holding.counted.T, np.stack(left), np.stack(coming), pricing.compute.network.nearest(pricing.sent),
     )  # fmt: skip
-    return Tables(*map(np.ascontiguousarray, found))
+    return Tables(*found)
+
+
+def _side_by_side(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Joined along the last axis, in which numbers then follow one another in memory, however they did in `parts`."""
+    shape = (*parts[0].shape[:-1], sum(part.shape[-1] for part in parts))
+    return np.concatenate(parts, -1, out=np.empty(shape))

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from parallel.layout import ORDER, Layout
-from parallel.planner.bounds import FineBounds, coarse_bounds, least_bytes
+from parallel.planner.bounds import Filled, FineBounds, coarse_bounds, least_bytes
 from parallel.planner.cuts import Tables, cuts
 from parallel.planner.evaluate import Estimate, evaluate
 from parallel.planner.memory import Holding, flights
@@ -162,13 +162,11 @@ class Search:
         """Every coarse row that may fit, ascending by bound."""
         tables, bounds, owners, numbers = [], [np.empty(0)], [np.empty(0, int)], [np.empty(0, int)]
         coarse, segments = cuts(space)
-        both: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        filled: list[Filled] = []
         for pp, rows in coarse:
             self.result.coarse += len(rows["tp"])
-            found, held = coarse_bounds(space, pp, rows, segments)
-            if self.keep > 1:
-                there = np.flatnonzero(found < np.inf)
-                both.append((found, there, held.reshape(-1)[there]))
+            found, those = coarse_bounds(space, pp, rows, segments)
+            filled.append(those)
             best = found.min((0, 1))
             kept = np.flatnonzero(best < np.inf)
             bounds.append(best[kept])
@@ -179,15 +177,14 @@ class Search:
         ahead = np.concatenate([_first(part, SEEDS) for part in bounds])[order]
         order = np.concatenate([order[ahead], order[~ahead]])
         columns = (np.concatenate(parts)[order] for parts in (bounds, owners, numbers))
-        return Coarse(segments, tables, *columns, int(ahead.sum()), self._small(both))
+        return Coarse(segments, tables, *columns, int(ahead.sum()), self._small(filled) if self.keep > 1 else [])
 
-    def _small(self, bounds: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> list[tuple[int, np.ndarray]]:
-        """By table, the rows that are among the fastest of a share of the memory. `bounds` are, of each table, the
-        seconds, where they are finite, and the bytes there."""
-        self._least = min((held.min() for _, _, held in bounds if len(held)), default=0.0)
+    def _small(self, filled: list[Filled]) -> list[tuple[int, np.ndarray]]:
+        """By table, the rows that are among the fastest of a share of the memory."""
+        self._least = min((own.bytes.min() for own in filled if len(own.bytes)), default=0.0)
         small: list[tuple[int, float, int, int]] = []
-        for owner, (seconds, there, held) in enumerate(bounds):
-            own, rows, shares = seconds.reshape(-1)[there], there % seconds.shape[-1], self._shares(held)
+        for owner, (rows, own, held) in enumerate(filled):
+            shares = self._shares(held)
             for share in range(FRONT):
                 inside = np.flatnonzero(shares == share)
                 inside = inside[np.argpartition(own[inside], REFINED)[:REFINED]] if len(inside) > REFINED else inside
