@@ -177,7 +177,7 @@ class Bounds:
 
     def sharding(self, zero: Column, grouped: bool) -> Sharded:
         """What depends on the ZeRO stage, a number or a column. Where rows are not `grouped`, so that shard groups may
-        be any, what travels in these costs nothing."""
+        be any, what travels in these costs nothing, and calls do not either: smaller groups have cheaper ones."""
         k, c = self.k, self.c
         zero = np.where(self.several, zero, 0)
         split, (sizes, pieces) = zero > 0, self.shares
@@ -195,7 +195,8 @@ class Bounds:
             gradients, walks, gathered = self._travels(zero)
             update = update + gathered
         else:
-            gradients = np.where(zero == 0, 1.0, np.where(zero == 1, 0.5, 0.0)) * self.reduced
+            sent, calls = self.reduced
+            gradients = np.where(zero == 0, sent + calls, np.where(zero == 1, sent / 2, 0.0))
         each = whole, np.where(split, owned, 0.0), -spared
         return Sharded(update, gradients, walks, each, np.where(zero == 3, k.weight_bytes * (1 + self.copies), 0.0))
 
@@ -210,7 +211,7 @@ class Bounds:
         backward = forward + (zero >= 2) * (k.gradient_bytes * scattered + calls) * shown
         shared = 2 * (k.gradient_bytes * (self.share @ pieces) + across[0].half_call)
         own = k.gradient_bytes * mean + near[0].half_call
-        gradients = np.where(zero == 0, self.reduced, shared + (zero == 1) * own)
+        gradients = np.where(zero == 0, sum(self.reduced), shared + (zero == 1) * own)
         gathered = ((zero == 1) | (zero == 2)) * (k.message_bytes * mean + near[0].half_call) * (1 - k.hide_gather)
         return gradients, (forward, backward), gathered
 
@@ -276,10 +277,10 @@ class Bounds:
         return halves(self.c, groups, which, self.tables.elements, self.tables.experts)
 
     @cached_property
-    def reduced(self) -> np.ndarray:
-        """[N] seconds of an all-reduce of gradients over all ranks."""
+    def reduced(self) -> tuple[np.ndarray, np.ndarray]:
+        """[N] seconds of an all-reduce of gradients over all ranks: for their bytes, and beside these."""
         groups = self._groups(WHOLE)
-        return 2 * (self.k.gradient_bytes * (self.share @ self._halves(groups, WHOLE)) + groups[0].half_call)
+        return 2 * self.k.gradient_bytes * (self.share @ self._halves(groups, WHOLE)), 2 * groups[0].half_call
 
     @cached_property
     def sizes(self) -> np.ndarray:

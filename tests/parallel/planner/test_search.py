@@ -11,7 +11,7 @@ from problems import dense, machine, problem, sparse
 from models.checks import ConfigError
 from models.shapes import PredictionConfig
 from parallel.layout import ORDER, Layout
-from parallel.planner import Plan, Search, evaluate
+from parallel.planner import Plan, Problem, Search, evaluate
 from parallel.planner.bounds import FineBounds, coarse_bounds
 from parallel.planner.cuts import cuts
 from parallel.planner.explain import break_even, difference, lost_by, scaled, sensitivity, smallest, verdict
@@ -20,6 +20,14 @@ from parallel.planner.shape import contents
 from parallel.planner.space import Space
 
 SMALL = {"ranks": 4, "batch": 4, "seq_len": 512, "topology": machine(2)}
+
+
+def slow_calls(question: Problem) -> Problem:
+    """With collectives whose calls cost what their bytes do, as rings of many ranks cost."""
+    vars(question)["constants"] = replace(question.constants, call=0.002, call_far=0.005, hide_dp=0.1)
+    return question
+
+
 QUESTIONS = {
     "dense": problem(dense(layers=2), **SMALL),
     "experts": problem(sparse(layers=2), **SMALL, cp=1),
@@ -27,6 +35,8 @@ QUESTIONS = {
     "mesh": problem(dense(layers=2), **SMALL | {"topology": machine(4, mesh=True)}, recompute="none"),
     "tied": problem(dense(layers=2, tied_embeddings=True), **SMALL, recompute="none"),
     "further tokens": problem(dense(layers=2, mtp=PredictionConfig(depth=1)), **SMALL, recompute="none"),
+    "shard groups": slow_calls(problem(dense(layers=2), 16, 32, 512, machine(4), pp=1, cp=1, recompute="none")),
+    "slow calls": slow_calls(problem(dense(layers=2), **SMALL, recompute="none")),
     "held": problem(dense(layers=4), **SMALL, tp=2, recompute="full"),
 }
 
