@@ -115,10 +115,14 @@ class Group(NamedTuple):
 
 
 class Network:
-    """Prices messages of groups of ranks in seconds, by the best of HCCL's algorithms at each level."""
+    """Prices messages of groups of ranks in seconds, by the best of HCCL's algorithms at each level.
 
-    def __init__(self, machine: Machine, constants: Constants) -> None:
-        self.machine, self.constants = machine, constants
+    With `least` they are what no nesting of the axes betters, of groups that lie as near as can be: further away the
+    links may be faster (than those between a few ranks of a mesh), or two planes share what one has to carry.
+    """
+
+    def __init__(self, machine: Machine, constants: Constants, least: bool = False) -> None:
+        self.machine, self.constants, self.least = machine, constants, least
         k = constants
         numbers = (*machine.bandwidth, *machine.latency, k.call, k.call_rank, k.call_far)
         self.uniform = not any(map(np.ndim, numbers))  # the same for all layouts
@@ -151,24 +155,43 @@ class Network:
         machine = self.machine
         members = machine.members(factors)
         n, before, half, waits, exchange_waits = members[-1], 1, 0.0, 0.0, 0.0
-        planes: dict[str, Column] = {}
+        planes: dict[str, tuple[Column, Column, Column]] = {}  # seconds, shares of the bytes, the most a second
         for level, inside in enumerate(members):
             p = inside / before
             algorithm = best(machine.levels, level)
-            rate = machine.rate(level, np.maximum(p - 1, 1))
+            rate = self._rate(level, np.maximum(p - 1, 1))
             half = half + algorithm.volume(p) / before / rate
             waits = waits + algorithm.steps(p) * machine.latency[level]
             plane = machine.levels[level].plane.name
-            planes[plane] = planes.get(plane, 0.0) + (inside - before) / n / rate
+            seconds, shares, fastest = planes.get(plane, (0.0, 0.0, 0.0))
+            share = (inside - before) / n
+            all_at_once = machine.rate(level, np.maximum(n - 1, 1))
+            planes[plane] = seconds + share / rate, shares + share, np.maximum(fastest, all_at_once)
             exchange_waits = np.where(
                 inside > before, np.maximum(exchange_waits, machine.latency[level]), exchange_waits
             )
             before = inside
-        exchange = np.maximum.reduce(np.broadcast_arrays(*planes.values(), 0.0))
+        exchange = self._exchange(list(planes.values()))
         k = self.constants
         hop = np.where(n > members[self.server], k.call_far, k.call_rank)  # rings wait for every hop
         call = np.where(n > 1, k.call + hop * n, 0.0)
         return Group(half, waits + call, exchange, exchange_waits * _log2(n) + call)
+
+    def _rate(self, level: int, peers: Column) -> Column:
+        """Bytes a second of a rank that talks to `peers` others at a level."""
+        rate = self.machine.rate(level, peers)
+        return np.maximum(rate, max(self.machine.bandwidth[level + 1 :], default=0.0)) if self.least else rate
+
+    def _exchange(self, planes: Sequence[tuple[Column, Column, Column]]) -> Column:
+        """Seconds for each byte of an all-to-all whose planes, innermost first, run side by side. At `least`, what a
+        plane has to carry goes over those around it, too."""
+        if not self.least:
+            return np.maximum.reduce(np.broadcast_arrays(*(seconds for seconds, _, _ in planes), 0.0))
+        (found, shares, rates), *inner = reversed(planes)
+        for _, share, rate in inner:
+            shares, rates = shares + share, rates + rate
+            found = np.maximum(found, shares / rates)
+        return found
 
     def half(self, size: Column, group: Group, calls: Column = 1) -> Column:
         """`calls` reduce-scatters or all-gathers of tensors with `size` bytes in all, whole."""
@@ -202,7 +225,7 @@ class Network:
         seconds, axes = 0.0, np.ndim(level)
         for index, latency in enumerate(m.latency):
             fixed = latency + k.call + (k.message if index > self.server else 0.0)
-            seconds = seconds + (level == index) * (size / _aligned(m.rate(index, 1), axes) + _aligned(fixed, axes))
+            seconds = seconds + (level == index) * (size / _aligned(self._rate(index, 1), axes) + _aligned(fixed, axes))
         return seconds
 
 

@@ -63,7 +63,7 @@ class Compute:
         self, shape: Shape, seq_len: Column, candidates: Candidates, machine: Machine, constants: Constants
     ) -> None:
         self.shape, self.seq_len, self.candidates, self.constants = shape, seq_len, candidates, constants
-        self.machine, self.network = machine, Network(machine, constants)
+        self.machine, self.network = machine, Network(machine, constants, least=candidates.order is None)
         c = candidates
         self.tokens = c.micro_batch * seq_len / c.cp
         """Of a micro-batch on one rank, before tp cuts them."""

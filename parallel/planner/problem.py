@@ -81,7 +81,8 @@ class Problem:
 
     @cached_property
     def network(self) -> Network:
-        return Network(self.machine, self.constants)
+        """Prices of groups whose nesting is open."""
+        return Network(self.machine, self.constants, least=True)
 
     @cached_property
     def shape(self) -> Shape:

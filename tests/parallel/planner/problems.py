@@ -22,9 +22,9 @@ def sparse(**changes) -> ModelConfig:
     return dense(moe=EXPERTS, **changes)
 
 
-def machine(ranks: int = 4, memory_gib: float = 64.0, outer: float = 25.0, mesh: bool = False) -> Topology:
-    """Nodes of `ranks` on a fast network, or in a mesh of slow links, joined by a slow one."""
-    links = {"links": "mesh", "bandwidth": 30.0} if mesh else {}
+def machine(ranks: int = 4, memory_gib: float = 64.0, outer: float = 25.0, link: float | None = None) -> Topology:
+    """Nodes of `ranks` on a fast network, or in a mesh of such links, joined by a slow one."""
+    links = {"links": "mesh", "bandwidth": link} if link else {}
     levels = [
         {"name": "node", "members": ranks, "bandwidth": 160.0, "latency": 1.2, "plane": "bus", **links},
         {"name": "cluster", "members": "any", "bandwidth": outer, "latency": 6.0, "plane": "roce"},

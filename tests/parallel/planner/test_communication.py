@@ -81,6 +81,21 @@ def test_a_group_across_meshes_has_the_links_of_each():
     assert half(own, 8e9, (8, 2)) == pytest.approx(inside + between)
 
 
+@pytest.mark.parametrize("mesh", [False, True])
+@pytest.mark.parametrize("outer", [SLOW, FAST / 2, 0.9 * FAST, 2 * FAST])
+def test_no_place_betters_the_least_that_the_nearest_ranks_may_take(outer, mesh):
+    own = network(("package", 2, FAST, 0.0), ("node", 8, FAST, 0.0), ("cluster", 64, outer, 0.0), mesh=mesh)
+    least = Network(own.machine, own.constants, least=True)
+    for size in (2, 4, 8, 16, 32):
+        bound = least.group([(size, 1)])
+        for stride in (2**power for power in range(7) if size * 2**power <= 64):
+            found = own.group([(size, stride)])
+            assert bound.half_byte <= found.half_byte * (1 + 1e-12), (size, stride)
+            assert bound.exchange_byte <= found.exchange_byte * (1 + 1e-12), (size, stride)
+    for level in range(3):
+        assert least.message(1e9, np.array(0)) <= own.message(1e9, np.array(level)) * (1 + 1e-12)
+
+
 def test_each_rank_of_a_group_across_nodes_delays_its_collectives():
     slow = Constants(call=1e-5, call_far=1e-4, call_rank=1e-6)
     found = network(("node", 8, FAST, 0.0), ("cluster", 64, SLOW, 0.0), constants=slow)

@@ -10,13 +10,13 @@ from problems import dense, machine, problem, sparse
 
 from models.checks import ConfigError
 from models.shapes import PredictionConfig
-from parallel.layout import ORDER, Layout
+from parallel.layout import Layout
 from parallel.planner import Plan, Problem, Search, evaluate
 from parallel.planner.bounds import FineBounds, coarse_bounds
 from parallel.planner.cuts import cuts
 from parallel.planner.explain import break_even, difference, lost_by, scaled, sensitivity, smallest, verdict
 from parallel.planner.memory import Holding, flights
-from parallel.planner.shape import contents
+from parallel.planner.shape import ORDERS, contents
 from parallel.planner.space import Space
 
 SMALL = {"ranks": 4, "batch": 4, "seq_len": 512, "topology": machine(2)}
@@ -32,7 +32,8 @@ QUESTIONS = {
     "dense": problem(dense(layers=2), **SMALL),
     "experts": problem(sparse(layers=2), **SMALL, cp=1),
     "little memory": problem(dense(layers=4), **SMALL | {"topology": machine(2, memory_gib=6.0)}),
-    "mesh": problem(dense(layers=2), **SMALL | {"topology": machine(4, mesh=True)}, recompute="none"),
+    "mesh": problem(dense(layers=2), **SMALL | {"topology": machine(4, link=30.0)}, recompute="none"),
+    "mesh of slow links": problem(dense(layers=2), **SMALL | {"topology": machine(2, link=12.0)}, recompute="none"),
     "tied": problem(dense(layers=2, tied_embeddings=True), **SMALL, recompute="none"),
     "further tokens": problem(dense(layers=2, mtp=PredictionConfig(depth=1)), **SMALL, recompute="none"),
     "shard groups": slow_calls(problem(dense(layers=2), 16, 32, 512, machine(4), pp=1, cp=1, recompute="none")),
@@ -67,7 +68,8 @@ def test_no_layout_beats_the_bounds_of_its_rows(name):
         for group, taken in space.scheduled(base):
             seconds, held = bounds.scheduled(group.schedule, group.vpp)
             for row in range(0, len(group), 5):
-                estimate = evaluate(question, [group.layout(row, {}, ORDER)])[0]
+                order = ORDERS[checked % len(ORDERS)]
+                estimate = evaluate(question, [group.layout(row, {}, order)])[0]
                 layout, own = estimate.layout, taken[row]
                 zero = space.zeros.index(layout.zero if layout.dp * layout.cp > 1 else 0)
                 least = coarse[zero, space.codes.index(group.recompute[row]), owners[own]]
