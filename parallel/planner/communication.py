@@ -171,7 +171,7 @@ class Network:
                 inside > before, np.maximum(exchange_waits, machine.latency[level]), exchange_waits
             )
             before = inside
-        exchange = self._exchange(list(planes.values()))
+        exchange = self._exchange(n, list(planes.values()))
         k = self.constants
         hop = np.where(n > members[self.server], k.call_far, k.call_rank)  # rings wait for every hop
         call = np.where(n > 1, k.call + hop * n, 0.0)
@@ -182,14 +182,15 @@ class Network:
         rate = self.machine.rate(level, peers)
         return np.maximum(rate, max(self.machine.bandwidth[level + 1 :], default=0.0)) if self.least else rate
 
-    def _exchange(self, planes: Sequence[tuple[Column, Column, Column]]) -> Column:
-        """Seconds for each byte of an all-to-all whose planes, innermost first, run side by side. At `least`, what a
-        plane has to carry goes over those around it, too."""
+    def _exchange(self, n: Column, planes: Sequence[tuple[Column, Column, Column]]) -> Column:
+        """Seconds for each byte of an all-to-all of `n` ranks whose planes, innermost first, run side by side. At
+        `least`, what a plane has to carry goes over those around it, too."""
         if not self.least:
             return np.maximum.reduce(np.broadcast_arrays(*(seconds for seconds, _, _ in planes), 0.0))
         (found, shares, rates), *inner = reversed(planes)
         for _, share, rate in inner:
-            shares, rates = shares + share, rates + rate
+            shares = shares + share
+            rates = np.where(n > 2, rates + rate, np.maximum(rates, rate))  # one peer is met on one plane
             found = np.maximum(found, shares / rates)
         return found
 
