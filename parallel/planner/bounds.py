@@ -119,7 +119,7 @@ class Sharded(NamedTuple):
     """Bytes that a rank gathers of its largest segment, for each of its elements."""
 
 
-class Passes:
+class PipelineTimes:
     """Seconds that passes take and, between stages, messages: arrays [2 x kinds + 3, N] that go with `Load.busy`."""
 
     def __init__(
@@ -233,7 +233,7 @@ class Bounds:
             ways[load.own.tobytes()] = np.minimum(busy, load.busy), split or name in SPLIT
         found, rows, t = np.full(len(wanted), np.inf), np.flatnonzero(wanted), self.tables
         columns = (t.forward, recomputed.backward, t.weight, t.message, self.c.micro_batches)
-        passes = Passes(*(column.take(rows, -1) for column in columns), self.k.hide_pp)
+        passes = PipelineTimes(*(column.take(rows, -1) for column in columns), self.k.hide_pp)
         found[rows] = np.min([passes.slowest(*way) for way in ways.values()], 0)
         return found
 
@@ -319,7 +319,7 @@ class FineBounds(Bounds):
         (forward, backward), own = self.sharded.walks, self.recomputed.backward
         times = tables.forward + forward, own + backward, tables.weight, tables.message
         self.state = _summed(self.sharded.each, self.elements)
-        self.passes, self.backward = Passes(*times, c.micro_batches, self.k.hide_pp), self.share @ own
+        self.passes, self.backward = PipelineTimes(*times, c.micro_batches, self.k.hide_pp), self.share @ own
 
     def scheduled(self, name: str, vpp: int) -> tuple[np.ndarray, np.ndarray]:
         """[N] seconds of a step, and bytes of the fullest rank, under one schedule; bytes are infinite where it cannot
